@@ -1,0 +1,30 @@
+# Every target makes .venv itself, and makes it again only when one of the files that decide its contents changes.
+# PYTHON: 3.11 to 3.13. PIP_ARGS: more arguments for pip, such as an index with another build of torch.
+PYTHON ?= python3
+PIP_ARGS ?=
+READY := .venv/.ready
+RUN := .venv/bin
+
+.PHONY: demo test test-slow lint bench
+
+demo: $(READY)
+	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 0 --out out/
+
+test: $(READY)
+	$(RUN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY)
+	$(RUN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(RUN)/ruff format --check
+	$(RUN)/ruff check
+	$(RUN)/mypy ses_fast kernels
+
+bench: $(READY)
+	$(RUN)/python -m bench.embedded
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(RUN)/python -m pip install --quiet --no-input --editable ".[dev]" --constraint constraints.txt $(PIP_ARGS)
+	touch $@

@@ -1,0 +1,54 @@
+"""Spectral Evolution Search for text-to-image models (arXiv 2602.03208).
+
+Only the public names. Each is loaded when it is first used, so `import ses_fast` costs nothing and needs no
+optional package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import embedded, ops
+    from .loop import SearchResult, evolve, search
+    from .ops import set_backend
+    from .pipelines import SESConfig, disable, enable
+    from .rewards import load_reward, unload_rewards
+
+__version__ = "0.1.0"
+__all__ = [
+    "SESConfig",
+    "SearchResult",
+    "disable",
+    "embedded",
+    "enable",
+    "evolve",
+    "load_reward",
+    "ops",
+    "search",
+    "set_backend",
+    "unload_rewards",
+]
+
+_MODULE_OF = {
+    "SESConfig": "pipelines",
+    "SearchResult": "loop",
+    "disable": "pipelines",
+    "enable": "pipelines",
+    "evolve": "loop",
+    "load_reward": "rewards",
+    "search": "loop",
+    "set_backend": "ops",
+    "unload_rewards": "rewards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

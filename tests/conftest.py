@@ -1,0 +1,23 @@
+"""Markers, the GPU rule, and settings that hold for every test."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a download; read when huggingface_hub is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# The models of the tests are tiny: on a machine with many cores, more threads cost more than they give.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="GPU tests fail, not skip, without a CUDA GPU")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if item.config.getoption("--require-gpu"):
+        pytest.fail("no CUDA GPU, and --require-gpu was given", pytrace=False)
+    pytest.skip("no CUDA GPU")

@@ -1,0 +1,228 @@
+"""What is installed, what an import loads, who imports whom, and the torchvision mend."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ses_fast
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("triton", "diffsynth", "transformers", "matplotlib", "pywt")
+
+# Who imports whom (each also `errors` and its own package). `loop` receives callables: no pipeline or reward.
+MAY_IMPORT = {
+    "__init__": {"embedded", "loop", "ops", "pipelines", "rewards"},
+    "__main__": {"cli"},
+    "cli": {"_torchvision", "embedded", "loop", "ops", "pipelines", "report", "rewards"},
+    "embedded": {"_torchvision", "pipelines", "rewards"},
+    "evolution": {"ops", "spectral"},
+    "kernels": {"reference"},
+    "loop": {"evolution", "spectral"},
+    "ops": {"kernels", "reference"},
+    "pipelines": {"_torchvision", "evolution", "loop", "ops", "rewards", "spectral"},
+    "reference": set(),
+    "report": set(),
+    "rewards": {"_torchvision", "ops"},
+    "spectral": {"ops", "reference"},
+    "_torchvision": set(),
+    "errors": set(),
+}
+ONLY_IN = {"matplotlib": {"report"}, "triton": {"kernels", "ops"}}
+
+
+def run(code: str) -> str:
+    """The standard output of `code` in an interpreter of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def sources() -> dict[Path, str]:
+    """Each source file, and the module (or package) of ses_fast that it belongs to."""
+    ours = {
+        path: path.relative_to(ROOT / "ses_fast").parts[0].removesuffix(".py")
+        for path in (ROOT / "ses_fast").rglob("*.py")
+    }
+    return ours | {path: "kernels" for path in (ROOT / "kernels").rglob("*.py")}
+
+
+def imports(path: Path, module: str) -> set[tuple[str, ...]]:
+    """The dotted names that a file imports, wherever in it; relative ones made absolute."""
+    inside = path.relative_to(ROOT).parts[:-1]
+    package = ("ses_fast", *inside) if inside[0] == "kernels" else inside
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {tuple(name.name.split(".")) for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            start += tuple(node.module.split(".")) if node.module else ()
+            found |= {(*start, name.name) for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    module = sources()[path]
+    names = imports(path, module)
+    internal = {name[1] for name in names if name[0] == "ses_fast" and len(name) > 1}
+    assert internal <= MAY_IMPORT[module] | {module, "errors", "__version__"}
+    assert not any(name[0] == "kernels" for name in names), "the kernels are only ever ses_fast.kernels"
+    for package, modules in ONLY_IN.items():
+        assert module in modules or not any(name[0] == package for name in names), f"{module} imports {package}"
+
+
+def test_a_missing_package_names_an_extra_that_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        part.value
+        for path in sources()
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "missing_extra"
+        for part in ast.walk(call.args[1])
+        if isinstance(part, ast.Constant)
+    }
+    assert named and named <= set(extras)
+
+
+def test_the_reference_imports_torch_alone():
+    names = {name[0] for name in imports(ROOT / "ses_fast" / "reference.py", "reference")}
+    assert names - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_kernels_init_imports_nothing():
+    assert imports(ROOT / "kernels" / "__init__.py", "kernels") == set()
+
+
+def test_the_import_loads_nothing():
+    loaded = json.loads(run("import sys, json, ses_fast; print(json.dumps(sorted(sys.modules)))"))
+    assert not {"torch", *HEAVY} & set(loaded)
+    assert not [name for name in loaded if name.startswith("ses_fast.")]
+
+
+def test_the_public_names_load_no_optional_package():
+    code = f"""
+import sys, ses_fast
+for name in ses_fast.__all__:
+    getattr(ses_fast, name)
+ses_fast.SESConfig()
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_public_names():
+    assert set(ses_fast.__all__) <= set(dir(ses_fast))
+    assert ses_fast.search.__module__ == ses_fast.evolve.__module__ == "ses_fast.loop"
+    assert ses_fast.ops.sample_population.__module__ == "ses_fast.ops"
+    with pytest.raises(AttributeError, match="no attribute 'serach'"):
+        _ = ses_fast.serach
+
+
+def test_the_kernels_are_importable_where_they_stand():
+    import ses_fast.kernels
+
+    assert Path(ses_fast.kernels.__file__) == ROOT / "kernels" / "__init__.py"
+    assert ses_fast.kernels.__version__ == "0.0.0"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this tree, built offline from a copy, so that nothing is left beside the sources."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("ses_fast", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "-w", target, copy], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = target.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {file.filename: file.file_size for file in archive.infolist()}
+    names = {name for name in sizes if ".dist-info/" not in name}
+    assert sum(size for name, size in sizes.items() if "/weights/" in name) <= 25e6
+    weights = [path for path in (ROOT / "ses_fast" / "embedded" / "weights").rglob("*") if path.is_file()]
+    expected = {str(path.relative_to(ROOT)) for path in [*sources(), *weights]} | {"ses_fast/py.typed"}
+    assert names == {f"ses_fast/{name}" if name.startswith("kernels/") else name for name in expected}
+
+
+def test_the_wheel_declares_its_dependencies_and_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        read = {Path(name).name: name for name in archive.namelist() if ".dist-info/" in name}
+        metadata = archive.read(read["METADATA"]).decode()
+        commands = archive.read(read["entry_points.txt"]).decode()
+        assert any(name.endswith("LICENSE") for name in read)
+    required = [line.split()[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert len(core) == 2 and required[0].startswith("torch>") and required[1].startswith("tqdm>")
+    assert f"Version: {ses_fast.__version__}\n" in metadata
+    assert "ses-fast = ses_fast.cli:main" in commands
+
+
+def test_the_wheel_imports_where_it_is_unpacked(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import ses_fast.kernels, ses_fast.reference
+print(ses_fast.kernels.__file__, ses_fast.reference.__file__, sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    files = [tmp_path / "ses_fast" / "kernels" / "__init__.py", tmp_path / "ses_fast" / "reference.py"]
+    assert done.stdout.split() == list(map(str, files)), done.stderr
+
+
+# What holds before the mend is called, and whether it then declares the schemas.
+MEND = {
+    "imported already": ("sys.modules['torchvision'] = types.ModuleType('torchvision')", False),
+    "not installed": ("importlib.util.find_spec = lambda name: None", False),
+    "declared by someone else": ("declare()", False),
+    "compiled part loads": ("torch.ops.load_library = lambda path: declare()", False),
+    "compiled part does not load": ("torch.ops.load_library = fail", True),
+    "mended already": ("torch.ops.load_library = fail; mend_torchvision()", True),
+}
+
+
+def test_mend_torchvision():
+    # Each case in a process of its own: what is declared stays so. Forked, to import torch once.
+    code = f"""
+import importlib.util, os, sys, types, torch
+from ses_fast import _torchvision
+from ses_fast._torchvision import mend_torchvision
+
+def declare():
+    global other
+    other = torch.library.Library("torchvision", "DEF")
+    other.define("nms(Tensor x) -> Tensor")
+
+def fail(path):
+    raise OSError("a library is missing")
+
+for case, (before, _) in {MEND}.items():
+    if not os.fork():
+        exec(before)
+        mend_torchvision()
+        print(case, _torchvision._library is not None, sep=":", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    assert run(code).splitlines() == [f"{case}:{declares}" for case, (_, declares) in MEND.items()]
+
+
+def test_the_mend_makes_torchvision_importable_here():
+    code = "from ses_fast._torchvision import mend_torchvision; mend_torchvision(); import torchvision, torch"
+    assert run(code + "; print(torch.ops.torchvision.nms)").strip() == "torchvision.nms"
