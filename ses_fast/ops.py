@@ -1,0 +1,154 @@
+"""The ops, public. The only file that chooses a backend; what each op does is written in `reference.py`.
+
+"torch" is `reference.py`, on any device. "triton" is `ses_fast.kernels`, on CUDA. "auto" takes Triton only
+where every tensor is on one CUDA device and none is fp64. A backend asked for by name runs or raises
+RuntimeError.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import CLIP_MEAN, CLIP_STD, Seed
+
+BACKENDS = ("auto", "triton", "torch")
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """The backend of every op called without `backend=`: "auto" (the default), "triton" or "torch"."""
+    global _backend
+    _backend = _known(name)
+
+
+def get_backend() -> str:
+    """What `set_backend` set."""
+    return _backend
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these tensors (none given: any at all), or None where they can."""
+    devices = {tensor.device for tensor in tensors}
+    elsewhere = sorted(str(device) for device in devices if device.type != "cuda")
+    if elsewhere:
+        return f"the kernels run on CUDA, and a tensor is on {elsewhere[0]}"
+    if len(devices) > 1:
+        return f"the tensors are on different devices: {', '.join(sorted(map(str, devices)))}"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "the kernels compute in fp32, and a tensor is fp64"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.compiler.is_compiling():  # it cannot look for modules; the import itself will say what is missing
+        return None
+    return next(filter(None, map(_missing, ("haar", "population", "preprocess"))), None)
+
+
+@lru_cache
+def _missing(kernel: str) -> str | None:
+    """What has to be installed before `ses_fast.kernels.<kernel>` can be imported."""
+    for module in ("triton", "ses_fast.kernels", f"ses_fast.kernels.{kernel}"):
+        if importlib.util.find_spec(module) is None:
+            return f"the module {module} is not there"
+    return None
+
+
+def _module(kernel: str, backend: str | None, *tensors: Tensor | None) -> Any:
+    """The module whose function of the op's name is to be called."""
+    name = _known(_backend if backend is None else backend)
+    if name == "torch":
+        return reference
+    reason = why_not_triton(*(tensor for tensor in tensors if tensor is not None))
+    if reason is None:
+        return _kernels(kernel)
+    if name == "triton":
+        raise RuntimeError(f'backend="triton" cannot run here: {reason}. backend="auto" would take torch')
+    return reference
+
+
+def _kernels(name: str) -> Any:
+    """`ses_fast.kernels.<name>`, by import statements, which torch.compile can follow."""
+    if name == "haar":
+        from .kernels import haar as module
+    elif name == "population":
+        from .kernels import population as module
+    else:
+        from .kernels import preprocess as module
+    return module
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def haar_dwt2(x: Tensor, level: int, *, backend: str | None = None) -> list:
+    return _module("haar", backend, x).haar_dwt2(x, level)
+
+
+def haar_idwt2(coeffs: Sequence, size: Sequence[int], *, backend: str | None = None) -> Tensor:
+    bands = [coeffs[0], *(band for triple in coeffs[1:] for band in triple)]
+    return _module("haar", backend, *bands).haar_idwt2(coeffs, size)
+
+
+def split_low_band(x: Tensor, level: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    return _module("haar", backend, x).split_low_band(x, level)
+
+
+def merge_low_band(
+    residual: Tensor, low: Tensor, level: int, *, dtype: torch.dtype | None = None, backend: str | None = None
+) -> Tensor:
+    return _module("haar", backend, residual, low).merge_low_band(residual, low, level, dtype=dtype)
+
+
+def sample_population(
+    residual: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    level: int,
+    *,
+    popsize: int,
+    seed: Seed | None = None,
+    generation: Seed = 0,
+    first: int = 0,
+    draws: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _module("population", backend, residual, mean, std, draws).sample_population(
+        residual,
+        mean,
+        std,
+        level,
+        popsize=popsize,
+        seed=seed,
+        generation=generation,
+        first=first,
+        draws=draws,
+        dtype=dtype,
+    )
+
+
+def resize_normalize(
+    images: Tensor,
+    rule: str = "crop",
+    *,
+    size: int = 224,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    dtype: torch.dtype | None = None,
+    centre: str = "floor",
+    backend: str | None = None,
+) -> Tensor:
+    return _module("preprocess", backend, images).resize_normalize(
+        images, rule, size=size, mean=mean, std=std, dtype=dtype, centre=centre
+    )
+
+
+for _op in (haar_dwt2, haar_idwt2, split_low_band, merge_low_band, sample_population, resize_normalize):
+    _op.__doc__ = getattr(reference, _op.__name__).__doc__

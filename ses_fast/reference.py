@@ -1,0 +1,485 @@
+"""Plain torch of every op: the manual, the fallback and the oracle of the kernels. Imports torch only.
+
+Start at `split_low_band` and `sample_population`: for Haar with PyWavelets' symmetric extension and any size,
+
+    candidate[y, x] = residual[y, x] + low[y >> level, x >> level] / 2^level
+
+so putting another lowest band into a latent needs no inverse transform.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MASK32 = 0xFFFFFFFF
+PIL_BITS = 22  # the fraction bits of Pillow's integer filter weights
+
+Seed = int | Tensor  # a Python int, or a 0-d int64 tensor on the device (a captured graph can then change it)
+
+
+# ---------------------------------------------------------------- Haar: all bands
+
+
+def haar_dwt2(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> list:
+    """Haar transform of the last two dimensions, as `pywt.wavedec2(x, "db1", "symmetric", level)`.
+
+    Returns [cA, (cH, cV, cD) of the coarsest level, ..., (cH, cV, cD) of the finest], each
+    [..., ceil(H / 2^j), ceil(W / 2^j)], in fp32 (fp64 for fp64 input). Level 0 gives [x]. A level above
+    log2 of the shorter side warns and goes on, as PyWavelets does. Raises ValueError for a level below 0
+    and for a tensor that is not a floating [..., H, W].
+    """
+    check_latents(x, level)
+    x = _wide(x)
+    details: list = []
+    for _ in range(level):
+        p, q, r, s = _quads(x)
+        top, bottom, top_diff, bottom_diff = p + q, r + s, p - q, r - s
+        details.insert(0, ((top - bottom) / 2, (top_diff + bottom_diff) / 2, (top_diff - bottom_diff) / 2))
+        x = (top + bottom) / 2
+    return [x, *details]
+
+
+def haar_idwt2(
+    coeffs: Sequence,  # [cA, (cH, cV, cD), ...] as of `haar_dwt2`
+    size: Sequence[int],  # (H, W)
+) -> Tensor:
+    """Inverse of `haar_dwt2`: [..., H, W] in the coefficients' dtype (fp32 for half precision).
+
+    Equal to `pywt.waverec2(coeffs, "db1", "symmetric")` cropped to `size`. Raises ValueError where the bands'
+    shapes are not those of a transform of `size`.
+    """
+    shapes = check_bands(coeffs, size)
+    low, *details = coeffs
+    x = _wide(low)
+    for (cH, cV, cD), (h, w) in zip(details, shapes[-2::-1], strict=True):
+        cH, cV, cD = _wide(cH), _wide(cV), _wide(cD)
+        plus, minus, plus_diff, minus_diff = x + cH, x - cH, cV + cD, cV - cD
+        out = x.new_empty(*x.shape[:-2], 2 * x.shape[-2], 2 * x.shape[-1])
+        out[..., 0::2, 0::2] = (plus + plus_diff) / 2
+        out[..., 0::2, 1::2] = (plus - plus_diff) / 2
+        out[..., 1::2, 0::2] = (minus + minus_diff) / 2
+        out[..., 1::2, 1::2] = (minus - minus_diff) / 2
+        x = out[..., :h, :w]
+    return x
+
+
+# ---------------------------------------------------------------- Haar: the lowest band alone
+
+
+def split_low_band(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> tuple[Tensor, Tensor]:
+    """The lowest Haar band and what stays when it is taken out: (low [..., h, w], residual [..., H, W]).
+
+    Both fp32 (fp64 for fp64 input), h = ceil(H / 2^level). `merge_low_band(residual, low, level)` is x again.
+    Level 0 gives (x, zeros). Errors and warning: as `haar_dwt2`.
+    """
+    check_latents(x, level)
+    x = _wide(x)
+    low = x if level else x.clone()
+    for _ in range(level):
+        p, q, r, s = _quads(low)
+        low = (p + q + r + s) / 2
+    return low, merge_low_band(x, -low, level)
+
+
+def merge_low_band(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]; leading dimensions broadcast with the residual's
+    level: int,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """residual[y, x] + low[y >> level, x >> level] / 2^level, added in fp32 (fp64), then cast to `dtype`.
+
+    dtype None means the residual's. Raises ValueError where `low` is not [..., ceil(H / 2^level), ...].
+    """
+    check_level(level)
+    check_low_band(residual, low, tuple(_shrunk(n, level) for n in residual.shape[-2:]))
+    height, width = residual.shape[-2:]
+    block = 1 << level
+    lead = torch.broadcast_shapes(residual.shape[:-2], low.shape[:-2])
+    out = residual.new_empty((*lead, height, width), dtype=dtype or residual.dtype)
+
+    residual, low = _wide(residual.detach()), _wide(low.detach()) * 2.0**-level
+    # Widen the small tensor first: the large additions then run along whole rows, whatever the width.
+    low = low[..., None].expand(*low.shape, min(block, width)).flatten(-2)[..., :width]  # [..., h, W]
+    whole = height // block * block  # the last block of rows of an odd size is shorter
+    if whole:
+        _add_into(
+            out[..., :whole, :].unflatten(-2, (-1, block)),
+            residual[..., :whole, :].unflatten(-2, (-1, block)),  # [..., h, block, W]
+            low[..., : whole // block, None, :],  # [..., h, 1, W]
+        )
+    if whole < height:
+        _add_into(out[..., whole:, :], residual[..., whole:, :], low[..., -1:, :])
+    return out
+
+
+# ---------------------------------------------------------------- noise
+
+
+def philox4x32(
+    key: tuple[Seed, Seed],  # two 32-bit words
+    counter: tuple[Seed, Seed, Seed, Seed],  # four 32-bit words, broadcast against each other
+) -> tuple:
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words.
+
+    Words are ints or int64 tensors in [0, 2^32). A product wraps around 2^64 in int64, its two halves are
+    exact.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (product1 >> 32) & MASK32 ^ c1 ^ k0, product1 & MASK32
+        c2, c3 = (product0 >> 32) & MASK32 ^ c3 ^ k1, product0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def philox_normal(
+    seed: Seed,
+    generation: Seed,
+    candidates: Tensor | Sequence[int],  # [P] the candidates' numbers
+    size: int,
+) -> Tensor:
+    """Standard normals [P, size] in fp32, a function of (seed, generation, candidate, coefficient) alone.
+
+    key = the seed's low and high 32 bits, counter = (coefficient // 4, candidate, generation, 0); the words
+    w0..w3 give four coefficients by Box-Muller, u = (w + 0.5) / 2^32: r(u0) cos(2 pi u1), r(u0) sin(2 pi u1),
+    r(u2) cos(2 pi u3), r(u2) sin(2 pi u3) with r(u) = sqrt(-2 ln u), in fp64 and rounded once.
+    """
+    rows = torch.as_tensor(candidates, dtype=torch.int64)[:, None]  # [P, 1]
+    quads = torch.arange(-(-size // 4), device=rows.device)  # [Q]
+    words = philox4x32((seed & MASK32, (seed >> 32) & MASK32), (quads, rows, generation, 0))
+    u0, u1, u2, u3 = ((w.double() + 0.5) / 2**32 for w in words)  # each [P, Q]
+    r0, r2 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
+    a1, a3 = 2 * math.pi * u1, 2 * math.pi * u3
+    normals = torch.stack([r0 * a1.cos(), r0 * a1.sin(), r2 * a3.cos(), r2 * a3.sin()], dim=-1)  # [P, Q, 4]
+    return normals.flatten(1)[:, :size].float()
+
+
+def sample_population(
+    residual: Tensor,  # [1, ..., H, W] fp32 or fp64, from `split_low_band`
+    mean: Tensor,  # [D] fp32, D = the number of coefficients in the lowest band
+    std: Tensor,  # [D] fp32
+    level: int,
+    *,
+    popsize: int,
+    seed: Seed | None = None,
+    generation: Seed = 0,
+    first: int = 0,
+    draws: Tensor | None = None,  # [popsize, D], in place of a seed
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The candidates first ... first + popsize - 1 of a generation: (candidates [P, ..., H, W], low [P, D]).
+
+    low = mean + std * eps, put in place of the lowest band; eps is `philox_normal(seed, generation, ...)` or
+    `draws`. Candidates are in `dtype` (None: the residual's). `seed` is any int64, `generation` any unsigned
+    32-bit number; both may be 0-d int64 tensors on the device. Raises ValueError for wrong shapes, dtypes or
+    devices, and unless exactly one of seed and draws is given.
+    """
+    low_shape = check_population(residual, mean, std, level, popsize, seed, generation, first, draws)
+    if seed is not None:
+        numbers = torch.arange(first, first + popsize, device=mean.device)
+        draws = philox_normal(seed, generation, numbers, mean.numel())
+    assert draws is not None  # check_population saw to it
+    low = mean + std * draws
+    return merge_low_band(residual, low.view(popsize, *low_shape), level, dtype=dtype), low
+
+
+# ---------------------------------------------------------------- images for a reward
+
+
+def resize_normalize(
+    images: Tensor,  # [n, 3, H, W] in [-1, 1], any floating dtype
+    rule: str = "crop",
+    *,
+    size: int = 224,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    dtype: torch.dtype | None = None,
+    centre: str = "floor",
+) -> Tensor:
+    """A decoder's images as a reward model wants them: [n, 3, size, size] in `dtype` (None: the images').
+
+    Both rules first quantise to 0 ... 255 as a picture would be, trunc(clip((v + 1) * 127.5, 0, 255)) in the
+    images' dtype. "crop": shortest edge to `size` with Pillow's 8-bit bicubic, bit for bit, centre crop: what
+    CLIPProcessor does; `centre` is where an odd number of pixels is cut off: (n - size) // 2, or "round", half to
+    even, as torchvision's CenterCrop and ImageReward do. "pad": /255, longest edge to `size` with the antialiased
+    float bicubic of torch, zero padding to the middle: what HPSv2 does. Then (x / 255 - mean) / std in fp32.
+    Raises ValueError for another rule, centre, shape, dtype or size.
+    """
+    check_images(images, rule, size, mean, std, centre)
+    height, width = images.shape[-2:]
+    if rule == "crop":
+        rows, columns = crop_resizes(height, width, size, centre)
+        images = images[..., slice(*rows.window()), slice(*columns.window())]  # what the crop can see
+        x = _pil_resize(_quantised(images), columns)  # [n, 3, rows, size]
+        x = _pil_resize(x.mT, rows).mT / 255  # Pillow's order: across, rounded to 8 bits, then down
+    else:
+        rows, columns = pad_resizes(height, width, size)
+        x = F.interpolate(_quantised(images) / 255, (rows.target, columns.target), mode="bicubic", antialias=True)
+        x = F.pad(x, (*columns.margins(), *rows.margins()))
+    shift, spread = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    return ((x - shift) / spread).to(dtype or images.dtype)
+
+
+def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) with the shortest edge at `size`, the other cut to an integer, as in transformers."""
+    short, long = sorted((height, width))
+    return (size, int(size * long / short)) if height <= width else (int(size * long / short), size)
+
+
+class Resize(NamedTuple):
+    """One pass of Pillow's bicubic, `source` samples to `target`; `length` from `first` on are wanted."""
+
+    source: int
+    target: int
+    first: int
+    length: int
+
+    def window(self) -> tuple[int, int]:
+        """The samples the wanted outputs read: (start, stop)."""
+        if self.source == self.target:
+            return self.first, self.first + self.length
+        starts, weights = pil_weights(self)
+        return starts[0], starts[-1] + weights.shape[1]
+
+    def margins(self) -> tuple[int, int]:
+        """What is wanted before the first and after the last output: the padding."""
+        return -self.first, self.first + self.length - self.target
+
+
+def crop_resizes(height: int, width: int, size: int, centre: str) -> tuple[Resize, Resize]:
+    """The passes of the crop rule, (rows, columns)."""
+    tall, wide = shortest_edge(height, width, size)
+    # round() takes a half to the even number.
+    top, left = (round((n - size) / 2) if centre == "round" else (n - size) // 2 for n in (tall, wide))
+    return Resize(height, tall, top, size), Resize(width, wide, left, size)
+
+
+def pad_resizes(height: int, width: int, size: int) -> tuple[Resize, Resize]:
+    """The passes of the pad rule, (rows, columns): `first` is not above 0, and what lies outside is padding."""
+    scale = size / max(height, width)
+    tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
+    return Resize(height, tall, -((size - tall) // 2), size), Resize(width, wide, -((size - wide) // 2), size)
+
+
+@lru_cache(maxsize=64)
+def pil_weights(resize: Resize) -> tuple[list[int], Tensor]:
+    """Pillow's integer filter for the wanted outputs: (first sample of each, weights [length, taps] int64).
+
+    The weights are round-half-away(k * 2^22), k the bicubic with a = -0.5, widened by the downscale and
+    normalised in double (Pillow, libImaging/Resample.c). An output is clip((2^21 + sum(weights * samples)) >>
+    22, 0, 255). Samples past the end have weight 0, and starts are moved back so that no row of weights
+    reaches past it.
+    """
+    source, target, first, length = resize
+    scale = source / target
+    widen = max(scale, 1.0)
+    taps = min(2 * math.ceil(2 * widen) + 1, source)
+    centre = (torch.arange(first, first + length, dtype=torch.float64)[:, None] + 0.5) * scale  # [length, 1]
+    low = (centre - 2 * widen + 0.5).long().clamp_min(0)  # truncation, as a C cast
+    high = (centre + 2 * widen + 0.5).long().clamp_max(source)
+    start = low.clamp_max(source - taps)
+    sample = start + torch.arange(taps)  # [length, taps]
+    x = ((sample - centre + 0.5) / widen).abs()
+    kernel = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
+    kernel = torch.where((x < 2) & (sample >= low) & (sample < high), kernel, 0.0)
+    kernel = kernel / kernel.sum(1, keepdim=True) * 2**PIL_BITS
+    return start[:, 0].tolist(), (kernel + kernel.sign() * 0.5).long()
+
+
+@lru_cache(maxsize=64)
+def _pil_blocks(resize: Resize, device: torch.device) -> list[tuple[int, Tensor]]:
+    """The filter as dense blocks of 16 neighbouring outputs: [(first sample, [samples, outputs] fp64), ...].
+
+    Dense over the whole row the filter is nearly all zeros; 16 outputs share most of their samples. fp64
+    holds the integer sums exactly, and neither autocast nor the TF32 and bf16 matmul modes touch it.
+    """
+    starts, weights = pil_weights(resize)
+    blocks = []
+    for i in range(0, resize.length, 16):
+        base, span = starts[i], weights[i : i + 16]
+        offsets = torch.tensor(starts[i : i + 16]) - base
+        block = torch.zeros(len(span), int(offsets[-1]) + span.shape[1], dtype=torch.float64)
+        block.scatter_(1, offsets[:, None] + torch.arange(span.shape[1]), span.double())
+        blocks.append((base - resize.window()[0], block.T.contiguous().to(device)))
+    return blocks
+
+
+def _pil_resize(
+    x: Tensor,  # [..., samples of resize.window()], whole numbers 0 ... 255 in fp32
+    resize: Resize,
+) -> Tensor:
+    """The last dimension resized, rounded and clipped as Pillow does after each pass: [..., length] fp32."""
+    if resize.source == resize.target:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = _pil_blocks(resize, x.device)
+    sums = torch.cat([rows[:, at : at + len(w)].double() @ w for at, w in blocks], 1)  # [rows, length]
+    out = sums.add_(2 ** (PIL_BITS - 1)).div_(2**PIL_BITS).floor_().clamp_(0, 255).float()
+    return out.view(*x.shape[:-1], resize.length)
+
+
+def _quantised(images: Tensor) -> Tensor:
+    """0 ... 255 as the uint8 of a picture, in fp32; computed in the images' own dtype, as DiffSynth does."""
+    return (images.detach() + 1).mul_(127.5).clamp_(0, 255).trunc_().float()
+
+
+# ---------------------------------------------------------------- shared pieces and checks
+
+
+def _add_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a + b, rounded once. torch.compile takes no out= that is a view; it fuses the copy instead."""
+    if torch.compiler.is_compiling():
+        out.copy_(a + b)
+    else:
+        torch.add(a, b, out=out)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _shrunk(n: int, level: int) -> int:
+    """The length of a band: halved `level` times, rounded up each time, which is once in the end."""
+    return -(-n // 2**level)
+
+
+def _quads(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The corners of the 2x2 blocks, [..., h, w] each; an odd size first repeats its last row or column."""
+    if x.shape[-2] % 2:
+        x = torch.cat([x, x[..., -1:, :]], -2)
+    if x.shape[-1] % 2:
+        x = torch.cat([x, x[..., -1:]], -1)
+    return x[..., 0::2, 0::2], x[..., 0::2, 1::2], x[..., 1::2, 0::2], x[..., 1::2, 1::2]
+
+
+def check_level(level: int) -> None:
+    if not isinstance(level, int) or isinstance(level, bool) or level < 0:
+        raise ValueError(f"level must be an int, 0 or more, got {level!r}")
+
+
+def check_latents(x: Tensor, level: int, filter_length: int = 2) -> None:
+    """Raises ValueError for what no transform takes; warns above the useful level, where PyWavelets does."""
+    check_level(level)
+    if not x.is_floating_point():
+        raise ValueError(f"latents must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"latents must be [..., H, W] and not empty, got {tuple(x.shape)}")
+    size = tuple(x.shape[-2:])
+    useful = max((min(size) // (filter_length - 1)).bit_length() - 1, 0)
+    if level > useful:
+        warnings.warn(
+            f"level {level} is too high for {size}: above {useful} every coefficient sees the edge",
+            stacklevel=3,
+        )
+
+
+def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, int]]:
+    """The bands' sizes at levels 0, 1, ...; ValueError unless `coeffs` are those of a transform of `size`."""
+    height, width = size
+    low, *details = coeffs
+    shapes = [(_shrunk(height, j), _shrunk(width, j)) for j in range(len(details) + 1)]  # finest first
+    bands = [low, *(band for triple in details for band in triple)]
+    expected = [shapes[-1]] + [shape for shape in reversed(shapes[1:]) for _ in range(3)]
+    if len(bands) != len(expected) or any(tuple(b.shape[-2:]) != e for b, e in zip(bands, expected, strict=True)):
+        raise ValueError(
+            f"the bands of a {height}x{width} transform at level {len(details)} are [cA, (cH, cV, cD), ...] "
+            f"of sizes {expected}, got {[tuple(b.shape[-2:]) for b in bands]}"
+        )
+    return shapes
+
+
+def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> None:
+    if residual.dim() < 2 or not residual.is_floating_point() or not low.is_floating_point():
+        raise ValueError(f"residual and low must be floating [..., H, W], got {residual.dtype} and {low.dtype}")
+    if tuple(low.shape[-2:]) != expected:
+        raise ValueError(f"at this level low of {tuple(residual.shape)} must end in {expected}, got {tuple(low.shape)}")
+
+
+def check_residual(residual: Tensor) -> None:
+    if residual.dim() < 3 or residual.shape[0] != 1 or residual.numel() == 0:
+        raise ValueError(f"residual must be one latent (1, ..., H, W), got {tuple(residual.shape)}")
+    if residual.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"residual must be fp32 or fp64, as split_low_band gives it, got {residual.dtype}")
+
+
+def check_population(
+    residual: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    level: int,
+    popsize: int,
+    seed: Seed | None,
+    generation: Seed,
+    first: int,
+    draws: Tensor | None,
+) -> tuple[int, ...]:
+    """One candidate's low band (..., h, w); ValueError for what `sample_population` does not take."""
+    check_level(level)
+    check_residual(residual)
+    if not isinstance(popsize, int) or popsize < 1:
+        raise ValueError(f"popsize must be an int, 1 or more, got {popsize!r}")
+    if not isinstance(first, int) or not 0 <= first <= MASK32 + 1 - popsize:
+        raise ValueError(f"the candidates' numbers must lie in [0, 2^32), got first={first!r} and popsize={popsize}")
+    if (seed is None) == (draws is None):
+        raise ValueError("give exactly one of seed= and draws=")
+    shape = (*residual.shape[1:-2], *(_shrunk(n, level) for n in residual.shape[-2:]))
+    size = math.prod(shape)
+    tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"mean": (mean, (size,)), "std": (std, (size,))}
+    if draws is not None:
+        tensors["draws"] = (draws, (popsize, size))
+    for name, (tensor, expected) in tensors.items():
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} must be {expected} at level {level}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.device != residual.device:
+            raise ValueError(f"{name} must be floating and on {residual.device}, got {tensor.dtype} on {tensor.device}")
+    if draws is None:
+        _check_word("seed", seed, -(2**63), 2**63, residual.device)
+        _check_word("generation", generation, 0, 2**32, residual.device)
+    return shape
+
+
+def _check_word(name: str, value: Seed | None, low: int, high: int, device: torch.device) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() or value.dtype != torch.int64 or value.device != device:
+            raise ValueError(
+                f"{name} as a tensor must be 0-d, int64 and on {device}, "
+                f"got {tuple(value.shape)}, {value.dtype} on {value.device}"
+            )
+    elif not isinstance(value, int) or not low <= value < high:
+        raise ValueError(f"{name} must be an int in [{low}, {high}), got {value!r}")
+
+
+def check_images(
+    images: Tensor, rule: str, size: int, mean: Sequence[float], std: Sequence[float], centre: str
+) -> None:
+    if rule not in ("crop", "pad"):
+        raise ValueError(f'rule must be "crop" or "pad", got {rule!r}')
+    if centre not in ("floor", "round"):
+        raise ValueError(f'centre must be "floor" or "round", got {centre!r}')
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must be (n, 3, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating, in [-1, 1], got {images.dtype}")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be an int, 1 or more, got {size!r}")
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise ValueError(f"mean and std must be three numbers each, std not 0, got {mean} and {std}")

@@ -1,0 +1,140 @@
+"""Split and merge of the lowest band, any PyWavelets wavelet. Haar goes to the ops, the rest is two matrices:
+
+    candidate = base - R(low) + R(low'),   R(c) = A_h c A_w^T
+
+A is built once a size, by sending unit vectors through PyWavelets' own 1-D transform, so it holds its edge
+rule too.
+"""
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import missing_extra
+from .reference import Seed, check_latents, check_low_band, check_residual
+
+HAAR = ("db1", "haar")
+
+
+def split(
+    x: Tensor,  # [..., H, W]
+    wavelet: str,
+    level: int,
+) -> tuple[Tensor, Tensor]:
+    """(low [..., h, w], residual [..., H, W]) in fp32 (fp64 for fp64); `merge(residual, low, ...)` is x.
+
+    low is cA of `pywt.wavedec2(x, wavelet, "symmetric", level)`. A level above the useful one warns and goes
+    on, as PyWavelets does. Raises ValueError for an unknown wavelet, a level below 0, an empty or integer x.
+    """
+    if _is_haar(wavelet):
+        return ops.split_low_band(x, level)
+    check_latents(x, level, filter_length=_pywt().Wavelet(wavelet).dec_len)
+    (down, _), (across, _) = (_matrices(wavelet.lower(), level, n, x.device) for n in x.shape[-2:])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    low = (down @ x.double() @ across.mT).to(wide)
+    return low, merge(x.to(wide), -low, wavelet, level)
+
+
+def merge(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]; leading dimensions broadcast with the residual's
+    wavelet: str,
+    level: int,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The latent whose lowest band is `low` and whose rest is `residual`, in `dtype` (None: the residual's).
+
+    Raises ValueError where `low` has not the size of that band.
+    """
+    if _is_haar(wavelet):
+        return ops.merge_low_band(residual, low, level, dtype=dtype)
+    (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
+    check_low_band(residual, low, (down.shape[1], across.shape[1]))
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    return (residual + down @ low.double() @ across.mT).to(wide).to(dtype or residual.dtype)
+
+
+def sample_population(
+    residual: Tensor,  # [1, ..., H, W] fp32 or fp64, from `split`
+    mean: Tensor,  # [D]
+    std: Tensor,  # [D]
+    wavelet: str,
+    level: int,
+    *,
+    popsize: int,
+    size: Sequence[int] | None = None,
+    seed: Seed | None = None,
+    generation: Seed = 0,
+    first: int = 0,
+    draws: Tensor | None = None,  # [popsize, D], in place of a seed
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ops.sample_population` for any wavelet: (candidates [P, ..., H, W] in `dtype`, low [P, D]).
+
+    `size`, where given, is the latents' (H, W) and must be the residual's. The same seed gives the same noise
+    for every wavelet of an equal D. Errors: as `ops.sample_population`.
+    """
+    if size is not None and tuple(size) != tuple(residual.shape[-2:]):
+        raise ValueError(f"size must be the residual's {tuple(residual.shape[-2:])}, got {tuple(size)}")
+    noise: dict[str, Any] = dict(
+        popsize=popsize, seed=seed, generation=generation, first=first, draws=draws, backend=backend
+    )
+    if _is_haar(wavelet):
+        return ops.sample_population(residual, mean, std, level, dtype=dtype, **noise)
+    check_residual(residual)
+    (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
+    shape = (*residual.shape[1:-2], down.shape[1], across.shape[1])
+    # At level 0 the lowest band of a latent is all of it: the op's draws then serve any wavelet.
+    flat = residual.new_zeros(1, 1, torch.Size(shape).numel())
+    _, low = ops.sample_population(flat, mean, std, 0, **noise)
+    return merge(residual, low.view(popsize, *shape), wavelet, level, dtype=dtype), low
+
+
+def check_wavelet(wavelet: str) -> None:
+    """Raises ValueError, with close names, for what is not a discrete wavelet. Haar needs no PyWavelets."""
+    if isinstance(wavelet, str) and wavelet.lower() in HAAR:
+        return
+    known = _pywt().wavelist(kind="discrete")
+    if not isinstance(wavelet, str) or wavelet.lower() not in known:
+        close = difflib.get_close_matches(str(wavelet).lower(), known, n=5, cutoff=0.4)
+        families = ", ".join(f for f in _pywt().families() if _pywt().wavelist(f, kind="discrete"))
+        raise ValueError(
+            f"unknown wavelet {wavelet!r}: close names are {', '.join(close) or 'none'}; families: {families}"
+        )
+
+
+def _is_haar(wavelet: str) -> bool:
+    check_wavelet(wavelet)
+    return wavelet.lower() in HAAR
+
+
+@lru_cache(maxsize=64)
+def _matrices(wavelet: str, level: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Analysis [c, n] and synthesis [n, c] of the lowest band of n samples.
+
+    fp64: results are rounded once, whatever the batch, and neither autocast nor the TF32 modes touch them.
+    """
+    pywt = _pywt()
+    with warnings.catch_warnings():  # `split` has warned about the level, every time and not only the first
+        warnings.simplefilter("ignore", UserWarning)
+        low, *details = pywt.wavedec(torch.eye(n, dtype=torch.float64).numpy(), wavelet, "symmetric", level, axis=0)
+    units = torch.eye(len(low), dtype=torch.float64).numpy()
+    zeros = [torch.zeros(len(d), len(low), dtype=torch.float64).numpy() for d in details]
+    synthesis = pywt.waverec([units, *zeros], wavelet, "symmetric", axis=0)[:n]
+    return torch.from_numpy(low.copy()).to(device), torch.from_numpy(synthesis.copy()).to(device)
+
+
+def _pywt() -> Any:
+    try:
+        import pywt
+    except ModuleNotFoundError as error:
+        raise missing_extra("PyWavelets for any wavelet but db1", "wavelets") from error
+    return pywt
