@@ -1,0 +1,338 @@
+"""The cross-entropy method on the lowest wavelet band (arXiv 2602.03208; `diffsynth.utils.ses.ses_search`).
+
+State in, state out; nothing here calls an objective:
+
+    state = start(base_latents, EvolutionConfig(), seed=0)
+    while state.evaluations < 50:
+        candidates, low = ask(state)  # [P, ..., H, W], [P, D]
+        state = tell(state, low, score(candidates))  # [P]
+    latents, number, score = leader(state)
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import spectral
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STATE_FORMAT = 1  # raised when an old state_dict would no longer continue bit for bit
+
+
+@dataclass(frozen=True)
+class EvolutionConfig:
+    """Raises ValueError for a size below 1, a level below 0 and an unknown wavelet."""
+
+    popsize: int = 10
+    k_elites: int = 5
+    wavelet_name: str = "db1"
+    dwt_level: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("popsize", 1), ("k_elites", 1), ("dwt_level", 0)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        spectral.check_wavelet(self.wavelet_name)
+
+
+class Drawn:
+    """A generator's noise. A generation draws `randn(P, D)` once, when first asked for, as the reference.
+
+    The generator is used, not copied: of two states told from one, only the first to be asked goes on.
+    """
+
+    def __init__(self, generator: torch.Generator, popsize: int, size: int) -> None:
+        self.generator = generator
+        self.shape = (popsize, size)
+        self.generation = -1
+        self.noise = torch.empty(0)  # [P, D] on the CPU
+
+    def __call__(self, generation: int) -> Tensor:
+        if generation == self.generation + 1:
+            self.noise = torch.randn(*self.shape, generator=self.generator)
+            self.generation = generation
+        if generation != self.generation:
+            raise ValueError(f"the generator drew generation {self.generation} last, {generation} is gone")
+        return self.noise
+
+
+@dataclass(frozen=True, eq=False)
+class SearchState:
+    """A search between two calls, on the base's device. Made by `start`, `tell` and `load_state_dict`."""
+
+    config: EvolutionConfig
+    base: Tensor  # [1, ..., H, W] as given
+    base_low: Tensor  # [1, ..., h, w] fp32 (fp64 for an fp64 base), its lowest band of D numbers
+    residual: Tensor  # [1, ..., H, W] as base_low, the rest, which stays
+    include_base: bool
+    seed: int | None  # None with a generator
+    drawn: Drawn | None  # None with a seed
+    mean: Tensor  # [D] fp32
+    variance: Tensor  # [D] fp32
+    elite_low: Tensor  # [K, D] fp32, the best first, K <= k_elites
+    elite_scores: Tensor  # [K] fp64; minus infinity marks an empty place, which weighs nothing
+    told: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, minus infinity if not finite
+    waiting: tuple[Tensor, ...]  # [n] fp64 each, as they came: the scores of the generation under way
+    evaluations: int  # how many scores there are in all
+
+    @property
+    def generation(self) -> int:
+        """The generation that `ask` gives."""
+        return self.evaluations // self.config.popsize
+
+    @property
+    def index(self) -> int:
+        """How many of that generation's candidates have a score already."""
+        return self.evaluations % self.config.popsize
+
+    @property
+    def scores(self) -> Tensor:
+        """All scores in order, [evaluations] fp64; minus infinity for one that was not finite."""
+        nothing = self.mean.new_empty(0, dtype=torch.float64)
+        return torch.cat([nothing, *self.told, *map(_finite, self.waiting)])
+
+    @cached_property
+    def history(self) -> list[float]:
+        """The scores as numbers. Waits for the device, once."""
+        return self.scores.tolist()
+
+    def to(self, device: torch.device | str) -> "SearchState":
+        """The same state on another device."""
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
+        for name in ("told", "waiting"):
+            moved[name] = tuple(scores.to(device) for scores in getattr(self, name))
+        return replace(self, **moved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """CPU tensors, plain numbers, strings and None: for safetensors beside JSON, or for `torch.save`."""
+        state = {f.name: getattr(self.config, f.name) for f in fields(EvolutionConfig)}
+        state |= {"format": STATE_FORMAT, "include_base": self.include_base, "seed": self.seed}
+        state |= {name: getattr(self, name).cpu().contiguous() for name in (*_SAVED, "scores")}
+        if self.drawn is not None:
+            state["drawn_generation"] = self.drawn.generation
+            state["drawn_noise"] = self.drawn.noise
+            state["generator_state"] = self.drawn.generator.get_state()
+        return state
+
+    @staticmethod
+    def load_state_dict(state: Mapping[str, Any]) -> "SearchState":
+        """The state that `state_dict` wrote; continues bit for bit. Raises ValueError for any other dict."""
+        settings = [f.name for f in fields(EvolutionConfig)]
+        missing = {*settings, *_SAVED, "scores", "include_base", "seed"} - state.keys()
+        if missing or state.get("format") != STATE_FORMAT:
+            raise ValueError(
+                f"not a search state of format {STATE_FORMAT}: format {state.get('format')!r}, "
+                f"missing {', '.join(sorted(missing)) or 'nothing'}"
+            )
+        config = EvolutionConfig(**{name: state[name] for name in settings})
+        base_low, residual = spectral.split(state["base"], config.wavelet_name, config.dwt_level)
+        drawn = None
+        if "generator_state" in state:
+            drawn = Drawn(torch.Generator(), config.popsize, base_low.numel())
+            drawn.generator.set_state(state["generator_state"])
+            drawn.generation, drawn.noise = state["drawn_generation"], state["drawn_noise"]
+        generations = state["scores"].split(config.popsize)
+        complete = len(state["scores"]) // config.popsize
+        return SearchState(
+            config=config,
+            base_low=base_low,
+            residual=residual,
+            include_base=state["include_base"],
+            seed=state["seed"],
+            drawn=drawn,
+            told=generations[:complete],
+            waiting=generations[complete:],
+            evaluations=len(state["scores"]),
+            **{name: state[name] for name in _SAVED},
+        )
+
+
+_SAVED = ("base", "mean", "variance", "elite_low", "elite_scores")
+_TENSORS = (*_SAVED, "base_low", "residual")
+
+
+class Leader(NamedTuple):
+    """The best candidate so far."""
+
+    latents: Tensor  # [1, ..., H, W] in the base's dtype
+    number: int  # generation * popsize + index
+    score: float
+
+
+def start(
+    base_latents: Tensor,  # [1, ..., H, W]
+    config: EvolutionConfig | None = None,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    include_base: bool = False,
+) -> SearchState:
+    """The state before the first generation: mean 0 and variance 1, whatever the base's own lowest band is.
+
+    With neither `seed` nor `generator` the seed is drawn once from torch's global state. With `include_base`
+    the base takes the place of candidate 0 of generation 0. Raises ValueError unless the base is one finite
+    floating (1, ..., H, W), the seed an int64, the generator a CPU torch.Generator; and for both of these.
+    """
+    config = config or EvolutionConfig()
+    check_base(base_latents)
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("give seed= or generator=, not both")
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            raise ValueError(f"generator must be a CPU torch.Generator, on every device; got {generator!r}")
+    elif seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    else:
+        seed = whole_number("seed", seed, -(2**63))
+        if seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {seed}")
+
+    base = base_latents.detach().clone()
+    base_low, residual = spectral.split(base, config.wavelet_name, config.dwt_level)
+    size, device = base_low.numel(), base.device
+    return SearchState(
+        config=config,
+        base=base,
+        base_low=base_low,
+        residual=residual,
+        include_base=bool(include_base),
+        seed=seed,
+        drawn=None if generator is None else Drawn(generator, config.popsize, size),
+        mean=torch.zeros(size, device=device),
+        variance=torch.ones(size, device=device),
+        elite_low=torch.empty(0, size, device=device),
+        elite_scores=torch.empty(0, dtype=torch.float64, device=device),
+        told=(),
+        waiting=(),
+        evaluations=0,
+    )
+
+
+@torch.no_grad()
+def ask(state: SearchState, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The current generation: (candidates [P, ..., H, W] in the base's dtype, lowest bands [P, D] fp32).
+
+    low = mean + sqrt(max(variance, 1e-9)) * eps takes the place of the base's. A second call gives the same.
+    It is always the whole generation, so that no candidate depends on how many are wanted.
+    """
+    candidates, low = spectral.sample_population(
+        state.residual,
+        state.mean,
+        state.variance.clamp(min=1e-9).sqrt(),
+        state.config.wavelet_name,
+        state.config.dwt_level,
+        popsize=state.config.popsize,
+        size=state.base.shape[-2:],
+        seed=state.seed,
+        generation=state.generation,
+        draws=None if state.drawn is None else state.drawn(state.generation).to(state.base.device),
+        dtype=state.base.dtype,
+        backend=backend,
+    )
+    if state.include_base and state.generation == 0:
+        candidates[0], low[0] = state.base[0], state.base_low.flatten()
+    return candidates, low
+
+
+@torch.no_grad()
+def tell(
+    state: SearchState,
+    low: Tensor,  # [P, D] from `ask`
+    scores: Tensor,  # [n] on any device, of the generation's next n candidates
+) -> SearchState:
+    """The state with n more scores. They wait until their generation is complete, which moves the mean.
+
+    A score that is not finite becomes minus infinity. Does not wait for the device. Raises ValueError for
+    scores of another shape, and for more than there are candidates left.
+    """
+    left = state.config.popsize - state.index
+    if scores.ndim != 1 or not 1 <= scores.numel() <= left:
+        raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
+    # A copy: the objective may use its tensor again.
+    waiting = (*state.waiting, scores.to(state.mean.device, torch.float64, copy=True))
+    evaluations = state.evaluations + scores.numel()
+    if scores.numel() < left:
+        return replace(state, waiting=waiting, evaluations=evaluations)
+
+    # The k best of everything seen so far, in a stable order: earlier wins ties.
+    pool_low = torch.cat([state.elite_low, low])  # [K + P, D]
+    told = _finite(torch.cat(waiting))  # [P]
+    pool_scores = torch.cat([state.elite_scores, told])  # [K + P]
+    best = pool_scores.sort(descending=True, stable=True).indices[: state.config.k_elites]
+    elite_low, elite_scores = pool_low[best], pool_scores[best]
+
+    # Their mean, and their unbiased variance + 1e-7. Only the device knows how many are finite: empty places
+    # weigh nothing. With a single elite the variance stays, with none the mean does too.
+    weight = (elite_scores > -torch.inf)[:, None]  # [K, 1]
+    count = weight.sum()
+    mean = (weight * elite_low).sum(0) / count
+    variance = (weight * (elite_low - mean).square()).sum(0) / (count - 1) + 1e-7
+    return replace(
+        state,
+        told=(*state.told, told),
+        waiting=(),
+        evaluations=evaluations,
+        elite_low=elite_low,
+        elite_scores=elite_scores,
+        mean=mean.where(count > 0, state.mean),
+        variance=variance.where(count > 1, state.variance),
+    )
+
+
+@torch.no_grad()
+def leader(
+    state: SearchState,
+    low: Tensor | None = None,  # [P, D] of the current generation, where it is at hand
+    *,
+    backend: str | None = None,
+) -> Leader | None:
+    """The best candidate ever scored, the first among equals; None where no score is finite.
+
+    Built again from its lowest band; the base itself, bit for bit, where that won. Waits for the device.
+    """
+    scores = state.history
+    number = max(range(len(scores)), key=scores.__getitem__, default=0)
+    if not scores or scores[number] == -torch.inf:
+        return None
+    if state.include_base and number == 0:
+        return Leader(state.base.clone(), number, scores[number])
+    told = state.evaluations - state.index
+    # The first elite is the best of all that were told; one that still waits is drawn again.
+    if number < told:
+        best = state.elite_low[0]
+    else:
+        best = (ask(state, backend=backend)[1] if low is None else low)[number - told]
+    config, dtype = state.config, state.base.dtype
+    best = best.view(state.base_low.shape)
+    latents = spectral.merge(state.residual, best, config.wavelet_name, config.dwt_level, dtype=dtype)
+    return Leader(latents, number, scores[number])
+
+
+def _finite(scores: Tensor) -> Tensor:
+    return scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def check_base(base: Tensor) -> None:
+    """Raises ValueError unless the base is one finite floating (1, ..., H, W)."""
+    if not isinstance(base, Tensor):
+        raise ValueError(f"base_latents must be a torch.Tensor, got {type(base).__name__}")
+    if base.ndim < 3 or base.shape[0] != 1 or base.numel() == 0:
+        shape = tuple(base.shape)
+        raise ValueError(f"base_latents must be one base (1, ..., H, W), not empty; got {shape}: search one by one")
+    if base.dtype not in DTYPES:
+        raise ValueError(f"base_latents must be float16, bfloat16, float32 or float64; convert it from {base.dtype}")
+    if not base.isfinite().all():
+        raise ValueError("base_latents has values that are not finite: check how the noise was made")
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises ValueError for a bool, a float or another type, and below `least`."""
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if operator.index(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return operator.index(value)

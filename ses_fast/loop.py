@@ -1,0 +1,263 @@
+"""From base latents to the best: `evolve` says everything, `search` is the drop-in for `ses_search`."""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .evolution import EvolutionConfig, SearchState, ask, check_base, leader, start, tell, whole_number
+
+Objective = Callable[[Tensor], Any]
+STAGES = ("start", "ask", "objective", "tell", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One scored candidate; the score is minus infinity where the objective's was not finite."""
+
+    generation: int
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search has found so far; of one that was broken off, at `error.ses_result`."""
+
+    latents: Tensor | None  # [1, ..., H, W], the best; None while no score is finite
+    score: float | None  # the best
+    base_score: float | None  # the base's own; None unless include_base
+    best: Evaluation | None  # which candidate it was
+    trace: list[Evaluation]  # every score, in order
+    evaluations: int
+    seed: int | None  # None with a generator
+    seconds: dict[str, float]  # this call's, by STAGES and in "total"; a GPU's work counts where it is waited for
+    stopped: str  # "budget", "time_limit", "error"; "running" in on_generation
+    state: SearchState  # to save, or to continue from with evolve(..., state=)
+
+
+def search(
+    base_latents: Tensor,  # [1, ..., H, W]
+    objective_reward_fn: Objective,
+    total_eval_budget: int = 30,
+    popsize: int = 10,
+    k_elites: int = 5,
+    wavelet_name: str = "db1",
+    dwt_level: int = 4,
+    **options: Any,
+) -> Tensor:
+    """The best latents, in the base's shape, dtype and device: `evolve(...).latents`, with the same options.
+
+    Takes the arguments of `diffsynth.utils.ses.ses_search`, which it replaces.
+    """
+    positional = (total_eval_budget, popsize, k_elites, wavelet_name, dwt_level)
+    latents = evolve(base_latents, objective_reward_fn, *positional, **options).latents
+    assert latents is not None  # evolve raises where no score was finite
+    return latents
+
+
+def evolve(
+    base_latents: Tensor,  # [1, ..., H, W]
+    objective_reward_fn: Objective,
+    total_eval_budget: int = 30,
+    popsize: int = 10,
+    k_elites: int = 5,
+    wavelet_name: str = "db1",
+    dwt_level: int = 4,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = 1,
+    include_base: bool = False,
+    on_generation: Callable[[SearchResult], Any] | None = None,
+    progress: bool = True,
+    time_limit: float | None = None,
+    state: SearchState | None = None,
+    backend: str | None = None,
+) -> SearchResult:
+    """Searches the lowest wavelet band of the base for the highest score (SES, arXiv 2602.03208).
+
+    objective_reward_fn: gets (n, ..., H, W) latents in the base's dtype and on its device, n <= batch_size,
+        all of one generation, and returns n scores: a float for one, a tensor or a sequence. One that is not
+        finite counts as minus infinity, which is warned of once.
+    total_eval_budget: how many candidates to score, those of `state` included.
+    seed: makes the noise a function of (seed, generation, candidate, coefficient), whatever the backend and
+        the batch_size. None: drawn once from torch's global state, and reported.
+    generator: instead of a seed, a CPU torch.Generator; each generation draws `torch.randn(popsize, D,
+        generator=generator)`: then the search is `diffsynth.utils.ses.ses_search`'s with the same draws.
+    include_base: the base takes the place of candidate 0 of generation 0: the answer is never worse than it.
+    on_generation: called with the SearchResult so far after each complete generation.
+    progress: a tqdm bar.
+    time_limit: seconds, looked at after each batch; `result.stopped` says whether it ended the search.
+    state: `result.state` of an earlier search of the same base with the same settings, to be continued.
+    backend: of the ops, as for `ses_fast.set_backend`.
+
+    Raises ValueError for bad arguments, before the objective is called, and for scores of a wrong shape;
+    RuntimeError where no score at all is finite. Whatever leaves while the search runs, an exception of the
+    objective too, leaves as it is and carries the SearchResult so far as `error.ses_result`.
+    """
+    begin = mark = time.perf_counter()
+    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level)
+    popsize = config.popsize
+    budget = whole_number("total_eval_budget", total_eval_budget, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    if not callable(objective_reward_fn):
+        raise ValueError(f"objective_reward_fn must be callable, got {objective_reward_fn!r}")
+    if on_generation is not None and not callable(on_generation):
+        raise ValueError(f"on_generation must be callable, got {on_generation!r}")
+    if time_limit is not None and not (isinstance(time_limit, Real) and time_limit > 0):
+        raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
+    if state is None:
+        state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base)
+    else:
+        state = _continued(state, base_latents, config, seed, generator, include_base)
+
+    seconds = dict.fromkeys(STAGES, 0.0)
+
+    def lap(stage: str) -> None:
+        nonlocal mark
+        now = time.perf_counter()
+        seconds[stage] += now - mark
+        mark = now
+
+    on_cpu = base_latents.device.type == "cpu"
+    known = state.evaluations  # an earlier call's, which warned of them
+    warned = False
+    candidates = batch = low = None
+    stopped = "budget"
+    bar = tqdm(total=budget, initial=known, desc="SES", unit="img", disable=not progress)
+    lap("start")
+    try:
+        while state.evaluations < budget:
+            if candidates is None or low is None:
+                candidates, low = ask(state, backend=backend)
+            n = min(batch_size, popsize - state.index, budget - state.evaluations)
+            batch = candidates[state.index : state.index + n]
+            lap("ask")
+            scores = objective_reward_fn(batch)
+            lap("objective")
+            state = tell(state, low, _scores(scores, n))
+            bar.update(n)
+            lap("tell")
+            if state.index == 0:
+                candidates = batch = None  # the next generation may have their memory
+                if on_cpu or progress:  # elsewhere a look at the scores waits for the device
+                    warned = warned or _warn_non_finite(state, known)
+                if progress:
+                    bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}")
+                if on_generation is not None:
+                    on_generation(_result(state, low, "running", seconds, backend))
+                lap("other")
+            if time_limit is not None:
+                _ = state.history  # the clock must see the device's work
+                if time.perf_counter() - begin >= time_limit and state.evaluations < budget:
+                    stopped = "time_limit"
+                    break
+        warned = warned or _warn_non_finite(state, known)
+        result = _result(state, low, stopped, seconds, backend)
+        if result.best is None:
+            raise RuntimeError(f"none of the objective's {state.evaluations} scores is finite: no candidate is best")
+        return result
+    except BaseException as error:  # KeyboardInterrupt too
+        lap("other")
+        _attach(error, state, low, seconds, backend)
+        raise
+    finally:
+        bar.close()
+
+
+def _continued(
+    state: SearchState,
+    base_latents: Tensor,
+    config: EvolutionConfig,
+    seed: int | None,
+    generator: torch.Generator | None,
+    include_base: bool,
+) -> SearchState:
+    """`state` on the base's device. Raises ValueError where it was started with other arguments."""
+    if not isinstance(state, SearchState):
+        raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
+    check_base(base_latents)
+    was, now = (f"{c}, include_base={b}" for c, b in ((state.config, state.include_base), (config, include_base)))
+    if was != now:
+        raise ValueError(f"the state is of another search: it was started with {was}, this call has {now}")
+    if generator is not None or seed not in (None, state.seed):
+        raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
+    state = state.to(base_latents.device)
+    if base_latents.dtype != state.base.dtype or not torch.equal(state.base, base_latents):
+        raise ValueError("the state is of another search: its base latents are not these")
+    return state
+
+
+def _scores(value: Any, n: int) -> Tensor:
+    """What the objective returned for n candidates, [n]. A tensor stays on its device, not waited for."""
+    if isinstance(value, Real):
+        value = [value]
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor([float(v) for v in value], dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            what = type(value).__name__
+            raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
+    if value.is_complex() or not (value.shape == (n,) or value.numel() == n == 1):
+        got = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
+    return value.reshape(n)
+
+
+def _result(
+    state: SearchState,
+    low: Tensor | None,  # [P, D] of the current generation, None where it was not asked for
+    stopped: str,
+    seconds: dict[str, float],
+    backend: str | None,
+) -> SearchResult:
+    """Waits for the device."""
+    best = leader(state, low, backend=backend)
+    trace = [Evaluation(*divmod(i, state.config.popsize), score) for i, score in enumerate(state.history)]
+    return SearchResult(
+        latents=None if best is None else best.latents,
+        score=None if best is None else best.score,
+        base_score=trace[0].score if state.include_base and trace else None,
+        best=None if best is None else trace[best.number],
+        trace=trace,
+        evaluations=state.evaluations,
+        seed=state.seed,
+        seconds={**seconds, "total": sum(seconds.values())},
+        stopped=stopped,
+        state=state,
+    )
+
+
+def _attach(
+    error: BaseException,
+    state: SearchState,
+    low: Tensor | None,
+    seconds: dict[str, float],
+    backend: str | None,
+) -> None:
+    """Puts the result so far at error.ses_result. Where that fails too (a lost device), the error says so."""
+    try:
+        # An exception may be a frozen dataclass, which refuses error.ses_result = ...
+        object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend))
+    except Exception as failed:
+        error.add_note(f"the result so far is lost: {failed!r}")
+
+
+def _warn_non_finite(state: SearchState, known: int) -> bool:
+    """Warns of the first score from number `known` on that was not finite; says whether there is one."""
+    if -torch.inf not in state.history[known:]:
+        return False
+    generation, index = divmod(state.history.index(-torch.inf, known), state.config.popsize)
+    warnings.warn(
+        f"the score of candidate {index} of generation {generation} is not finite. Such scores count "
+        "as minus infinity and never enter the elites; this is reported once a search",
+        stacklevel=3,
+    )
+    return True
