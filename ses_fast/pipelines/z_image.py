@@ -1,0 +1,79 @@
+"""Z-Image and Z-Image-Turbo: how several candidates go through the DiT at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torchvision import mend_torchvision
+
+mend_torchvision()
+
+from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
+from diffsynth.pipelines.z_image import model_fn_z_image  # noqa: E402
+
+from .base import SESUnit  # noqa: E402
+
+
+class ZImage(SESUnit, PipelineUnit):
+    """The search's unit for `ZImagePipeline`."""
+
+    def batched_model_fn(self, pipe: Any, shared: dict[str, Any]) -> Callable[..., Tensor] | None:
+        stock = pipe.model_fn is model_fn_z_image and pipe.dit.siglip_embedder is None
+        extras = ("control_context", "image_latents", "image_embeds")
+        return batched_forward if stock and all(shared.get(name) is None for name in extras) else None
+
+    def decode(
+        self,
+        pipe: Any,
+        latents: Tensor,  # [n, C, h, w]
+        shared: dict[str, Any],
+    ) -> Tensor:  # [n, 3, H, W]
+        return pipe.vae_decoder(latents)
+
+
+def batched_forward(
+    dit: Any,
+    latents: Tensor,  # [n, C, h, w], candidates for one prompt
+    timestep: Tensor,  # [1], 1000 is noise
+    prompt_embeds: Any,  # [L, E], or a list that holds it
+    **others: Any,
+) -> Tensor:  # [n, C, h, w], the velocity
+    """What `pipe.model_fn` predicts for each candidate alone; it would take a batch for frames of one video.
+
+    The candidates share size and text: positions, padding and modulation are those of one.
+    """
+    while isinstance(prompt_embeds, list):
+        prompt_embeds = prompt_embeds[0]
+    n = len(latents)
+    patches, (text, *_), sequence = dit.patchify_and_embed(
+        list(latents[:, :, None]),  # n of [C, 1, h, w]: one frame each
+        [prompt_embeds] * n,
+    )
+    modulation = dit.t_embedder(1000 - timestep)  # [1, E]
+
+    def positions_and_padding(kind: str) -> tuple[Tensor, Tensor]:
+        # Of the first candidate: [1, S, E] to broadcast over the batch, and [S]
+        return dit.rope_embedder(sequence[f"{kind}_pos_ids"][0])[None], sequence[f"{kind}_pad_mask"][0]
+
+    positions, padding = positions_and_padding("x")
+    image = dit.all_x_embedder["2-1"](torch.stack(patches))  # [n, S, E]
+    image[:, padding] = dit.x_pad_token.to(image)
+    for block in dit.noise_refiner:
+        image = block(image, attn_mask=None, freqs_cis=positions, adaln_input=modulation)
+
+    text_positions, padding = positions_and_padding("cap")
+    text = dit.cap_embedder(text)  # [L, E]
+    text[padding] = dit.cap_pad_token.to(text)
+    text = text[None]  # [1, L, E]: no candidate has touched it yet
+    for block in dit.context_refiner:
+        text = block(text, attn_mask=None, freqs_cis=text_positions)
+
+    tokens = torch.cat([image, text.expand(n, -1, -1)], dim=1)  # [n, S + L, E]
+    positions = torch.cat([positions, text_positions], dim=1)
+    for block in dit.layers:
+        tokens = block(tokens, attn_mask=None, freqs_cis=positions, adaln_input=modulation)
+    tokens = dit.all_final_layer["2-1"](tokens, modulation)
+    frames = dit.unpatchify(list(tokens), sequence["x_size"])  # n of [C, 1, h, w]; drops padding and text
+    return -torch.cat(frames, dim=1).transpose(0, 1)
