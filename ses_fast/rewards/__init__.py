@@ -1,0 +1,100 @@
+"""Reward models by name: `load_reward`, `unload_rewards`. A reward is called as `reward(images, prompt)`."""
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from .base import Reward, default_device, default_dtype, modelscope_copy, require
+
+__all__ = ["load_reward", "unload_rewards"]
+
+_LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reward's code and weights are."""
+
+    module: str  # of ses_fast.rewards, imported when the reward is loaded
+    cls: str
+    ids: dict[str, str]  # its Hub ids, and the folder of its ModelScope copy
+    gigabytes: float  # to download
+    packages: tuple[str, ...] = ("transformers",)
+
+
+REWARDS = {
+    "aesthetic": Source("aesthetic", "AestheticReward", {"modelscope": "Aesthetic"}, 1.2),
+    "clip": Source(
+        "clip",
+        "CLIPReward",
+        {"weights": _LAION, "processor": _LAION, "modelscope": "CLIP-ViT-H-14-laion2B-s32B-b79K"},
+        3.9,
+    ),
+    "pick": Source(
+        "clip",
+        "CLIPReward",
+        {"weights": "yuvalkirstain/PickScore_v1", "processor": _LAION, "modelscope": "PickScore"},
+        3.9,
+    ),
+    "hps": Source(
+        "hps",
+        "HPSReward",
+        {"weights": "xswu/HPSv2", "file": "HPS_v2.1_compressed.pt", "modelscope": "HPSv2"},
+        1.97,
+        ("open_clip",),
+    ),
+    "hps_v2.0": Source(
+        "hps", "HPSReward", {"weights": "xswu/HPSv2", "file": "HPS_v2_compressed.pt"}, 1.97, ("open_clip",)
+    ),
+    "hps_v2.1": Source(
+        "hps", "HPSReward", {"weights": "xswu/HPSv2", "file": "HPS_v2.1_compressed.pt"}, 1.97, ("open_clip",)
+    ),
+    "image_reward": Source(
+        "image_reward", "ImageRewardReward", {"modelscope": "ImageReward"}, 1.8, ("diffsynth", "transformers")
+    ),
+}
+
+_loaded: dict[tuple, Reward] = {}
+
+
+def load_reward(
+    name: str,
+    weights: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Reward:
+    """The reward `name`: an object called as `reward(images, prompt) -> Tensor [n] fp32`.
+
+    name: "pick" (PickScore v1), "clip" (LAION's CLIP ViT-H-14), "hps" or "hps_v2.1", "hps_v2.0" (HPSv2),
+        "image_reward" (ImageReward v1), "aesthetic" (LAION's predictor v2, which does not read the prompt).
+    weights: a local folder, a Hub id, or "modelscope" (the copy that diffsynth.metrics uses). None is the
+        published one, cached or downloaded.
+    device: None is the GPU, the CPU where there is none. dtype: None is bf16 on a GPU, fp32 on the CPU.
+    Loaded once for each (name, weights, device, dtype), until `unload_rewards`.
+    Raises ValueError for an unknown name, ImportError for a missing package, FileNotFoundError (an OSError)
+    for weights that are neither here nor to be downloaded.
+    """
+    if not isinstance(name, str) or name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}; the known ones are {', '.join(sorted(REWARDS))}")
+    source = REWARDS[name]
+    device, dtype = default_device(device), default_dtype(device, dtype)
+    weights = None if weights is None else str(weights)
+    key = (name, weights, device, dtype)
+    if key not in _loaded:
+        require(*source.packages)
+        reward_class: Any = getattr(import_module(f"{__name__}.{source.module}"), source.cls)
+        path = modelscope_copy(name, source.ids.get("modelscope")) if weights == "modelscope" else weights
+        _loaded[key] = reward_class.load(name, path, source.ids, device, dtype)
+    return _loaded[key]
+
+
+def unload_rewards() -> None:
+    """Forgets every loaded reward, frees its GPU memory; one still held by the caller goes on, on the CPU."""
+    for reward in _loaded.values():
+        reward.to("cpu")
+    _loaded.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

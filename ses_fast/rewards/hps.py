@@ -1,0 +1,78 @@
+"""HPSv2 and HPSv2.1: open_clip's ViT-H-14 with the authors' weights; the cosine; images padded, not cropped.
+
+What `hpsv2.img_score.score` computes with the same checkpoint, for a whole batch and without PIL.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from .. import ops
+from .base import Reward, local_copy, require
+
+
+class HPSReward(Reward):
+    """`reward(images, prompt)`: the cosine, [n] fp32; see `Reward.__call__`."""
+
+    def __init__(
+        self,
+        model: Any,  # open_clip's CLIP
+        tokenizer: Any,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(model, device, dtype)
+        self.tokenizer = tokenizer
+        self.size = model.visual.image_size[0]
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        weights: str | os.PathLike | None,
+        ids: dict[str, str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        path = local_copy(name, ids["weights"] if weights is None else weights, [ids["file"]])
+        if path.is_dir():
+            files = [path / ids["file"], path / "model.safetensors"]
+            path = next((file for file in files if file.is_file()), files[0])
+        return cls.from_file(path, device=device, dtype=dtype)
+
+    @classmethod
+    def from_file(
+        cls,
+        file: str | os.PathLike,
+        architecture: str = "ViT-H-14",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """From a checkpoint with open_clip's keys: .safetensors, or the authors' .pt (only tensors are read).
+
+        Raises FileNotFoundError where there is none, RuntimeError for weights that do not fit.
+        """
+        require("open_clip")
+        import open_clip
+
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"there is no HPSv2 checkpoint {file}")
+        model = open_clip.create_model(architecture, pretrained=str(file), weights_only=True)
+        return cls(model, open_clip.get_tokenizer(architecture), device=device, dtype=dtype)
+
+    def encode(self, prompt: str) -> Tensor:  # [1, E] fp32
+        return self.model.encode_text(self.tokenizer([prompt]).to(self.device)).float()
+
+    def score(
+        self,
+        images: Tensor,  # [n, 3, H, W]
+        encoded: Tensor,  # [1, E] fp32
+    ) -> Tensor:  # [n] fp32
+        pixels = ops.resize_normalize(images, "pad", size=self.size, dtype=self.dtype)
+        return cosine_similarity(self.model.encode_image(pixels.to(self.device)).float(), encoded)

@@ -1,0 +1,78 @@
+"""ImageReward v1: BLIP's text encoder looks at the image, a small head scores. Runs diffsynth's model."""
+
+import copy
+import os
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import Reward, default_device, local_copy, modelscope_copy, require
+
+
+class ImageRewardReward(Reward):
+    """`reward(images, prompt)`: standardised over ImageReward's own data, [n] fp32; see `Reward.__call__`."""
+
+    def __init__(
+        self,
+        model: Any,  # diffsynth's ImageRewardModel with its tokenizer
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        head = copy.deepcopy(model.mlp).float()  # it stays in fp32, and so do the mean and the deviation
+        self.mean, self.std = model.score_mean.item(), model.score_std.item()
+        super().__init__(model, device, dtype)
+        self.model.mlp = head.to(self.device).requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        weights: str | os.PathLike | None,
+        ids: dict[str, str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        if weights is None:
+            folder = modelscope_copy(name, ids["modelscope"])
+        else:
+            folder = local_copy(name, weights, ["*.json", "*.txt", "model.safetensors"])
+        require("diffsynth", "transformers")
+        from diffsynth.core import ModelConfig
+        from diffsynth.metrics import ImageRewardMetric
+
+        metric = ImageRewardMetric.from_pretrained(
+            ModelConfig(path=str(folder / "model.safetensors")),
+            ModelConfig(path=str(folder)),
+            torch_dtype=torch.float32,
+            device=default_device(device),
+        )
+        return cls(metric.model, device=device, dtype=dtype)
+
+    def encode(self, prompt: str) -> Any:
+        return self.model.tokenizer(
+            [prompt],
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.max_length,
+            return_tensors="pt",
+        ).to(self.device)
+
+    def score(
+        self,
+        images: Tensor,  # [n, 3, H, W]
+        encoded: Any,
+    ) -> Tensor:  # [n] fp32
+        blip, n = self.model.blip, len(images)
+        size = blip.config.vision_config.image_size
+        pixels = ops.resize_normalize(images, "crop", size=size, dtype=self.dtype).to(self.device)
+        patches = blip.vision_model(pixel_values=pixels).last_hidden_state  # [n, patches, d]
+        text = blip.text_encoder(
+            input_ids=encoded.input_ids.expand(n, -1),
+            attention_mask=encoded.attention_mask.expand(n, -1),
+            encoder_hidden_states=patches,
+            encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=self.device),
+        )
+        return (self.model.mlp(text.last_hidden_state[:, 0].float()).squeeze(-1) - self.mean) / self.std

@@ -1,0 +1,361 @@
+"""The rewards against the code that their authors publish."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from tiny_clip import PILImageProcessor, byte_tokenizer, save_tiny_clip, tiny_clip, transformers
+
+import ses_fast
+from ses_fast.rewards import REWARDS
+from ses_fast.rewards.clip import VIT_H_14, CLIPReward, read_preprocessing
+
+TOLERANCE = {"stock": 1e-4, "batch": 1e-4}
+PROMPT = "two red squares left of three blue rings"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def folder_224(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clip_224"), image_size=224, eos_token_id=2)
+
+
+@pytest.fixture(autouse=True)
+def unload():
+    yield
+    ses_fast.unload_rewards()
+
+
+def make_images(height, width, dtype=torch.float32):
+    """Noise, a smooth ramp, hard edges of one pixel and of many: [4, 3, height, width]."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    checks = ((rows + columns) % 2 * 2.0 - 1).expand(3, -1, -1)
+    blocks = torch.stack([(rows // a + columns // b) % 2 for a, b in ((9, 7), (5, 9999), (9999, 3))])
+    noise = torch.rand(3, height, width, generator=generator) * 2 - 1
+    return torch.stack([noise, torch.stack([x, y, x * y]), checks, blocks * 2.0 - 1]).to(dtype)
+
+
+def stock_scores(folder, images, prompt):
+    """logits_per_image of CLIPModel on what CLIPProcessor makes of PIL images."""
+    pixels = ((images + 1) * 127.5).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    processor = transformers.CLIPProcessor(
+        image_processor=PILImageProcessor.from_pretrained(folder),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
+    )
+    inputs = processor(
+        text=[prompt],
+        images=[Image.fromarray(image) for image in pixels],
+        padding=True,
+        truncation=True,
+        max_length=77,
+        return_tensors="pt",
+    )
+    model = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(**inputs).logits_per_image[:, 0]
+
+
+def assert_stock(scores, folder, images, prompt):
+    torch.testing.assert_close(scores, stock_scores(folder, images, prompt), atol=TOLERANCE["stock"], rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [
+        pytest.param(128, 128, id="square"),
+        pytest.param(96, 160, id="wide"),
+        pytest.param(167, 93, id="tall-odd"),
+        pytest.param(64, 64, id="already-the-model's-size"),
+        pytest.param(40, 50, id="smaller-than-the-model's"),
+    ],
+)
+@pytest.mark.parametrize("name", ["clip", "pick"])
+def test_equals_the_stock_path(folder, name, height, width):
+    images = make_images(height, width)
+    scores = ses_fast.load_reward(name, folder, "cpu")(images, PROMPT)
+    assert scores.dtype == torch.float32 and scores.shape == (4,)
+    assert scores.std() > 1  # else nothing is compared
+    assert_stock(scores, folder, images, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [
+        pytest.param(256, 256, id="square"),
+        pytest.param(240, 333, id="wide-odd"),
+        pytest.param(128, 100, id="smaller-than-the-model's"),
+    ],
+)
+def test_equals_the_stock_path_at_224(folder_224, height, width):
+    images = make_images(height, width)
+    scores = ses_fast.load_reward("clip", folder_224, "cpu")(images, PROMPT)
+    assert_stock(scores, folder_224, images, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("a cat", id="short"),
+        pytest.param("A  Cat\n IN the Rain, 3.5mm!", id="case-and-spaces"),
+        pytest.param("many words " * 40, id="over-77-tokens"),
+        pytest.param("Ein Bär im Schnee, 雪の中の熊 🐻", id="non-english"),
+        pytest.param("the end <|endoftext|> goes on", id="end-token-inside"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "folder_224"])  # the end token by its id; by being the largest
+def test_equals_the_stock_path_for_prompts(request, kind, prompt):
+    folder = request.getfixturevalue(kind)
+    images = make_images(72, 72)
+    assert_stock(ses_fast.load_reward("pick", folder, "cpu")(images, prompt), folder, images, prompt)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_images_of_any_float_dtype_are_quantised_as_the_pipeline_does(folder, dtype):
+    images = make_images(96, 96, dtype)
+    scores = ses_fast.load_reward("clip", folder, "cpu")(images, PROMPT)
+    assert_stock(scores, folder, images, PROMPT)
+
+
+def test_a_batch_scores_as_one_by_one(folder):
+    reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(96, 96)
+    alone = torch.cat([reward(image[None], PROMPT) for image in images])
+    torch.testing.assert_close(reward(images, PROMPT), alone, atol=TOLERANCE["batch"], rtol=0)
+
+
+def test_bf16_ranks_as_fp32_does(folder):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.cat([make_images(64 + i, 64 + i)[:, :, :64, :64] for i in range(13)])[:50]
+    images = (images + 0.3 * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+    full = ses_fast.load_reward("clip", folder, "cpu")(images, PROMPT)
+    half = ses_fast.load_reward("clip", folder, "cpu", torch.bfloat16)(images, PROMPT)
+    assert half.dtype == torch.float32
+    assert len(half.unique()) > 45  # the cosine is not rounded to bf16
+    assert spearmanr(full, half).statistic >= 0.98
+
+
+def test_bf16_keeps_the_logit_scale(folder):
+    reward = ses_fast.load_reward("clip", folder, "cpu", torch.bfloat16)
+    assert reward.scale == pytest.approx(100, rel=1e-6)  # bf16(log 100) would make it 98.9
+
+
+def test_the_prompt_is_encoded_once_until_it_changes(folder):
+    reward, images, calls = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64), []
+    handle = reward.model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    first = [reward(images, PROMPT) for _ in range(3)]
+    other = reward(images, "a cat")
+    again = reward(images, PROMPT)
+    handle.remove()
+    assert len(calls) == 3
+    assert torch.equal(first[0], first[2]) and torch.equal(first[0], again)
+    assert not torch.equal(first[0], other)
+
+
+def test_no_gradient_is_recorded(folder):
+    scores = ses_fast.load_reward("clip", folder, "cpu")(make_images(64, 64).requires_grad_(), PROMPT)
+    assert not scores.requires_grad
+
+
+def test_the_user_s_images_are_left_alone(folder):
+    images = make_images(64, 64)
+    before = images.clone()
+    ses_fast.load_reward("clip", folder, "cpu")(images, PROMPT)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompt", "message"),
+    [
+        pytest.param(torch.zeros(3, 8, 8), "x", r"shape \(n, 3, H, W\)", id="no-batch"),
+        pytest.param(torch.zeros(1, 4, 8, 8), "x", r"shape \(n, 3, H, W\)", id="four-channels"),
+        pytest.param(torch.zeros(1, 3, 1, 8, 8), "x", r"shape \(n, 3, H, W\)", id="video"),
+        pytest.param(torch.zeros(0, 3, 8, 8), "x", "n > 0", id="empty-batch"),
+        pytest.param(torch.zeros(1, 3, 0, 8), "x", r"shape \(n, 3, H, W\)", id="no-rows"),
+        pytest.param(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "x", "float tensor.*uint8", id="uint8"),
+        pytest.param([Image.new("RGB", (8, 8))], "x", "float tensor.*list", id="pil"),
+        pytest.param(torch.zeros(1, 3, 8, 8), ["x"], "one prompt.*list", id="list-of-prompts"),
+        pytest.param(torch.zeros(1, 3, 8, 8), None, "one prompt.*NoneType", id="no-prompt"),
+    ],
+)
+def test_bad_input_is_one_clear_error(folder, images, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        ses_fast.load_reward("clip", folder, "cpu")(images, prompt)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "", None, 3])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown reward.*clip.*pick"):
+        ses_fast.load_reward(name)
+
+
+@pytest.mark.parametrize("name", ["clip", "pick"])
+def test_without_weights_and_network_the_error_says_what_to_do(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        ses_fast.load_reward(name, device="cpu")
+    for part in (name, REWARDS[name].ids["weights"], "hf download", "HF_HUB_OFFLINE", "weights="):
+        assert part in str(caught.value)
+
+
+def test_the_modelscope_copy_is_looked_for_where_diffsynth_keeps_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="'pick'.*DiffSynth-Studio/ImageMetrics"):
+        ses_fast.load_reward("pick", "modelscope", "cpu")
+    folder = save_tiny_clip(tmp_path / "DiffSynth-Studio/ImageMetrics/PickScore")
+    images = make_images(64, 64)
+    assert_stock(ses_fast.load_reward("pick", "modelscope", "cpu")(images, PROMPT), folder, images, PROMPT)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        ses_fast.load_reward("clip", tmp_path / "nothing", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        pytest.param("model.safetensors", "no model.safetensors", id="weights"),
+        pytest.param("tokenizer.json", "no tokenizer", id="tokenizer"),
+    ],
+)
+def test_an_incomplete_folder_names_what_it_lacks(tmp_path, missing, message):
+    (save_tiny_clip(tmp_path) / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        ses_fast.load_reward("clip", tmp_path, "cpu")
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(folder, tmp_path):
+    model = transformers.CLIPModel.from_pretrained(folder)
+    state = {key: value for key, value in model.state_dict().items() if key != "visual_projection.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="visual_projection.weight"):
+        ses_fast.load_reward("clip", tmp_path, "cpu")
+
+
+def test_loaded_once_for_each_name_weights_device_and_dtype(folder, folder_224):
+    load = ses_fast.load_reward
+    reward = load("clip", folder, "cpu")
+    assert load("clip", str(folder), torch.device("cpu"), torch.float32) is reward
+    assert load("pick", folder, "cpu") is not reward
+    assert load("clip", folder_224, "cpu") is not reward
+    assert load("clip", folder, "cpu", torch.bfloat16) is not reward
+    images = make_images(64, 64)
+    before = reward(images, PROMPT)
+    ses_fast.unload_rewards()
+    assert load("clip", folder, "cpu") is not reward
+    assert torch.equal(reward(images, PROMPT), before)  # one still held goes on
+
+
+def test_default_dtype_on_the_cpu_is_fp32(folder):
+    reward = ses_fast.load_reward("clip", folder, "cpu")
+    assert {p.dtype for p in reward.model.parameters()} == {torch.float32}
+
+
+def test_half_precision_files_compute_in_fp32(folder, tmp_path):
+    """As the embedded reward is shipped: fp16 weights, its image processor's settings in their own file."""
+    transformers.CLIPModel.from_pretrained(folder).half().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    settings = {"size": 64, "crop_size": 64, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = make_images(128, 128)
+    scores = CLIPReward.from_folder(tmp_path, dtype=torch.float32)(images, PROMPT)
+    assert_stock(scores, tmp_path, images, PROMPT)
+    assert (scores - stock_scores(folder, images, PROMPT)).abs().max() > 0.1  # the mean and the std were read
+
+
+def test_without_an_image_processor_file_the_size_is_the_model_s(folder, tmp_path):
+    transformers.CLIPModel.from_pretrained(folder).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    images = make_images(128, 96)
+    scores = ses_fast.load_reward("clip", tmp_path, "cpu")(images, PROMPT)
+    assert_stock(scores, folder, images, PROMPT)
+
+
+def test_a_tokenizer_of_another_kind(folder, tmp_path):
+    """A word-level one, 16 tokens at most, as a small model has: its own files name its class."""
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "a", "red", "cat", "<end>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 5)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path)
+    model = tiny_clip(eos_token_id=5, max_position_embeddings=16)
+    model.save_pretrained(tmp_path)
+    reward, images = CLIPReward.from_folder(tmp_path, device="cpu"), make_images(64, 64)
+    for prompt, ids in [("a red cat", [2, 3, 4, 5]), ("red " * 40, [3] * 15 + [5])]:
+        expected = model.get_text_features(torch.tensor([ids])).pooler_output
+        reward(images, prompt)
+        torch.testing.assert_close(reward.encode(prompt), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"size": {"height": 64, "width": 64}, "crop_size": 64}, id="squashed-to-a-square"),
+        pytest.param({"size": 72, "crop_size": 64}, id="crops-more-than-it-resizes"),
+        pytest.param({"size": 64, "crop_size": 64, "resample": 2}, id="bilinear"),
+        pytest.param({"size": 64, "crop_size": 64, "do_center_crop": False}, id="no-crop"),
+        pytest.param({"size": 64, "crop_size": 64, "rescale_factor": 1 / 127.5}, id="another-scale"),
+    ],
+)
+def test_another_preprocessing_is_refused_not_approximated(tmp_path, settings):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="another preprocessing"):
+        read_preprocessing(tmp_path)
+
+
+def test_weights_without_a_config_are_a_vit_h_14_with_gelu():
+    with torch.device("meta"):
+        model = transformers.CLIPModel(transformers.CLIPConfig(**VIT_H_14))
+    assert sum(p.numel() for p in model.parameters()) == 986_109_441  # open_clip's ViT-H-14
+    assert model.config.text_config.hidden_act == model.config.vision_config.hidden_act == "gelu"
+
+
+def test_both_defaults_name_their_processor():
+    assert REWARDS["pick"].ids["weights"] == "yuvalkirstain/PickScore_v1"
+    assert REWARDS["pick"].ids["processor"] == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert REWARDS["clip"].ids["weights"] == REWARDS["clip"].ids["processor"]
+
+
+def test_importing_the_rewards_loads_no_transformers():
+    code = "import sys, ses_fast.rewards, ses_fast.rewards.clip; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_transformers_names_the_extra(monkeypatch):
+    monkeypatch.setattr("ses_fast.rewards.base.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"transformers.*ses-fast\[rewards\]"):
+        ses_fast.load_reward("clip", device="cpu")
+
+
+def test_the_scale_is_the_exponential_of_the_model_s(folder):
+    reward = ses_fast.load_reward("clip", folder, "cpu")
+    assert reward.scale == pytest.approx(math.exp(reward.model.logit_scale.item()))
+    assert reward(make_images(64, 64), PROMPT).abs().max() <= reward.scale
+
+
+@pytest.mark.slow  # 986 M parameters: 4 GB on the disk, 8 GB of memory
+def test_the_whole_vit_h_14_equals_the_stock_path(tmp_path):
+    transformers.CLIPModel(transformers.CLIPConfig(**VIT_H_14)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    PILImageProcessor().save_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "aside.json")
+    images = make_images(300, 260)[:2]
+    scores = ses_fast.load_reward("pick", tmp_path, "cpu")(images, PROMPT)
+    ses_fast.unload_rewards()
+    (tmp_path / "aside.json").rename(tmp_path / "config.json")
+    assert_stock(scores, tmp_path, images, PROMPT)
