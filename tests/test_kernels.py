@@ -1,0 +1,65 @@
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time. Each in a process of its own, because
+Triton reads TRITON_INTERPRET when it is imported and cannot compile under it. With a GPU: test_kernels_gpu.py.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ses_fast import ops
+
+TESTS = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+CHECKS = sorted((TESTS / "interpreted").glob("check_*.py"))
+
+
+def run(*arguments: object, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_interpreted(path):
+    print(run("-m", "pytest", "-q", "-p", "no:cacheprovider", path, TRITON_INTERPRET="1"))
+
+
+@needs_triton
+@pytest.mark.parametrize("group", ["haar", "population", "preprocess"])
+def test_compiled_ahead_of_time(group):
+    """No spills: cuobjdump's LOCAL stays 0 even where the stack is used, STACK does not."""
+    kernels = [json.loads(line) for line in run(TESTS / "aot.py", group).splitlines()]
+    assert {kernel["sm"] for kernel in kernels} == {80, 90, 100}
+    for kernel in kernels:
+        print(
+            f"{kernel['kernel']:24} sm_{kernel['sm']:<4} {kernel['REG']:4} registers  {kernel['SHARED']:6} bytes shared"
+            f"  {kernel['row']}"
+        )
+    assert not [kernel for kernel in kernels if kernel["STACK"] or kernel["LOCAL"]]
+
+
+def test_torch_path_compiles_without_a_graph_break():
+    def search_step(x, seed, generation):
+        coeffs = ops.haar_dwt2(x, 2)
+        low, residual = ops.split_low_band(ops.haar_idwt2(coeffs, x.shape[-2:]), 2)
+        mean = low.flatten()
+        candidates, low = ops.sample_population(
+            residual, mean, mean.abs(), 2, popsize=3, seed=seed, generation=generation, dtype=torch.bfloat16
+        )
+        return candidates, ops.merge_low_band(residual, low[1].view(1, 3, 5, 4), 2)
+
+    x = torch.randn(1, 3, 18, 13, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(search_step, fullgraph=True, backend="aot_eager")
+    for seed, generation in [(3, 1), (torch.tensor(3), torch.tensor(1))]:
+        for got, want in zip(compiled(x, seed, generation), search_step(x, seed, generation), strict=True):
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=0, atol=0)

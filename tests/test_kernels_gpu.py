@@ -1,0 +1,277 @@
+"""The Triton kernels on a GPU: `pytest -m gpu --require-gpu`. Outputs start as NaN, and every call asks for
+`backend="triton"` by name. Truth is reference.py on the same device.
+"""
+
+import pytest
+import torch
+
+from ses_fast import ops, reference
+from ses_fast.evolution import EvolutionConfig, ask, start, tell
+
+pytestmark = pytest.mark.gpu
+
+NORMALS = 2e-6  # kernel against fp64
+# The kernels add in fp32 and round once, so half precision differs by a rounding where fp32 is next to a tie.
+TOLERANCE = {
+    torch.float32: dict(rtol=0, atol=5e-6),
+    torch.float16: dict(rtol=2**-10, atol=5e-6),
+    torch.bfloat16: dict(rtol=2**-7, atol=5e-6),
+}
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+SHAPES = [
+    pytest.param((1, 16, 128, 128), 4, id="z-image-flux1-at-1024"),
+    pytest.param((1, 16, 166, 166), 4, id="qwen-at-1328"),
+    pytest.param((1, 128, 64, 64), 4, id="flux2-at-1024"),
+    pytest.param((1, 4, 64, 64), 4, id="sdxl-at-512"),
+    pytest.param((1, 16, 167, 93), 4, id="odd-both-ways"),
+    pytest.param((1, 16, 21, 90, 160), 4, id="5d-video"),
+    pytest.param((1, 3, 17, 5), 1, id="prime"),
+    pytest.param((1, 2, 33, 70), 2, id="level-2"),
+    pytest.param((1, 4, 61, 67), 6, id="six-levels-prime"),
+    pytest.param((1, 2, 300, 7), 8, id="block-of-more-than-a-tile"),
+    pytest.param((1, 4, 31, 6), 0, id="level-0-whole-latent"),
+    pytest.param((1, 1, 1, 1), 0, id="one-number"),
+    pytest.param((1, 1, 4096, 4096), 5, id="4096-pixels"),
+]
+IGNORE_LEVEL = pytest.mark.filterwarnings("ignore:level .* is too high")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    empty = torch.Tensor.new_empty
+
+    def new_nan(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, number: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(number), device="cuda").to(dtype)
+
+
+def problem(shape, level):
+    base = noise(*shape)
+    low, residual = reference.split_low_band(base, level)
+    return residual, noise(low.numel(), number=1), noise(low.numel(), number=2).abs() + 0.5, low.shape[1:]
+
+
+def flat(coeffs: list) -> list:
+    return [coeffs[0], *(band for triple in coeffs[1:] for band in triple)]
+
+
+@IGNORE_LEVEL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, level", SHAPES)
+def test_haar(shape, level, dtype):
+    x = noise(*shape, dtype=dtype)
+    exact, close = x.double(), TOLERANCE[torch.float32]
+    coeffs = ops.haar_dwt2(x, level, backend="triton")
+    for ours, want in zip(flat(coeffs), flat(reference.haar_dwt2(exact, level)), strict=True):
+        torch.testing.assert_close(ours, want.float(), **close)
+    torch.testing.assert_close(ops.haar_idwt2(coeffs, shape[-2:], backend="triton"), x.float(), **close)
+    low, residual = ops.split_low_band(x, level, backend="triton")
+    want_low, want_residual = reference.split_low_band(exact, level)
+    torch.testing.assert_close(low, want_low.float(), **close)
+    torch.testing.assert_close(residual, want_residual.float(), **close)
+    merged = ops.merge_low_band(residual, low, level, dtype=dtype, backend="triton")
+    torch.testing.assert_close(merged, x, **TOLERANCE[dtype])
+
+
+@IGNORE_LEVEL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("popsize", [1, 10, 50])
+@pytest.mark.parametrize("shape, level", SHAPES)
+def test_population(shape, level, popsize, dtype):
+    if popsize == 50 and shape[-1] == 4096:
+        pytest.skip("the same code as popsize 10, for gigabytes")
+    residual, mean, std, low_shape = problem(shape, level)
+    numbers = dict(popsize=popsize, seed=2**40 + 9, generation=2**32 - 2, first=2)
+    candidates, low = ops.sample_population(residual, mean, std, level, dtype=dtype, backend="triton", **numbers)
+    assert candidates.dtype == dtype and candidates.shape == (popsize, *shape[1:]) and candidates.is_contiguous()
+    _, want = reference.sample_population(residual, mean, std, level, **numbers)
+    assert ((low - want).abs() <= NORMALS * std + 5e-7 * want.abs() + 1e-7).all()
+    # A product with a power of two is exact: the kernel's own low bands, merged and rounded once, to the bit.
+    merged = reference.merge_low_band(residual, low.view(popsize, *low_shape), level, dtype=dtype)
+    assert candidates.equal(merged)
+    draws = noise(popsize, mean.numel(), number=3)
+    given, low = ops.sample_population(
+        residual, mean, std, level, popsize=popsize, draws=draws, dtype=dtype, backend="triton"
+    )
+    torch.testing.assert_close(low, mean + std * draws, **TOLERANCE[torch.float32])
+    want, _ = reference.sample_population(residual, mean, std, level, popsize=popsize, draws=draws, dtype=dtype)
+    torch.testing.assert_close(given, want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_to_the_nearest(dtype):
+    """Every fp32 halfway point between neighbours, and one step to each side of it."""
+    steps = torch.arange(1, 2**15, 7, device="cuda", dtype=torch.int16).view(dtype).float()
+    steps = steps[steps.isfinite() & (steps > 2.0**-10) & (steps < 2.0**10)]
+    half = steps * (1 + torch.finfo(dtype).eps / 2)
+    x = torch.cat([half, half.nextafter(steps), half.nextafter(steps * 2), -half])[None]
+    zero = torch.zeros_like(x)
+    got = ops.merge_low_band(x, zero, 0, dtype=dtype, backend="triton")
+    assert got.equal(x.to(dtype))
+
+
+@pytest.mark.parametrize("seed", [0, -5, 2**63 - 1, -(2**63)])
+def test_philox_words_bit_for_bit(seed):
+    from noise_kernels import words_kernel  # imports triton
+
+    out = torch.zeros(4, 64, dtype=torch.int64, device="cuda")
+    words_kernel[(1,)](out, seed, 2**32 - 1, 2**31 + 3, 64)
+    key = (seed & reference.MASK32, (seed >> 32) & reference.MASK32)
+    want = reference.philox4x32(key, (torch.arange(64) // 4, 2**31 + 3, 2**32 - 1, 0))
+    assert out.cpu().equal(torch.stack(want))
+
+
+def test_box_muller():
+    """Where u is nearest 0 and 1, on both sides of each change of formula, and over all of it."""
+    from noise_kernels import box_muller_kernel
+
+    edges = [0, 2**29, 2**30, 2**31, 3 * 2**30, 7 * 2**29, 2**32 - 2**24, 2**32 - 2**10, 2**32 - 1]
+    edges += [round(2**31.5), round(2**30.5), round(2**3.5)]
+    near = [min(max(edge + i, 0), 2**32 - 1) for edge in edges for i in range(-3, 4)]
+    spread = torch.randint(2**32, (2**14 - len(near),), generator=torch.Generator().manual_seed(0))
+    w = torch.cat([torch.tensor(near), spread])
+    radius, cosine, sine = (torch.empty(2**14, device="cuda") for _ in range(3))
+    box_muller_kernel[(1,)](w.cuda(), radius, cosine, sine, 2**14)
+    radius, cosine, sine = radius.cpu(), cosine.cpu(), sine.cpu()
+    u = (w.double() + 0.5) / 2**32
+    r = (-2 * u.log()).sqrt()
+    assert (radius.double() - r).abs().max() < NORMALS / 2
+    for turn, ours in [((u * 2 * torch.pi).cos(), cosine), ((u * 2 * torch.pi).sin(), sine)]:
+        assert (ours.double() - turn).abs().max() < 2e-7
+        # Any radius meets any angle.
+        shuffled = torch.randperm(len(w), generator=torch.Generator().manual_seed(1))
+        assert (radius[shuffled].double() * ours - r[shuffled] * turn).abs().max() < NORMALS / 2
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda: noise(2, 48, 34).mT, id="transposed"),
+        pytest.param(lambda: noise(1, 4096, 128).mT.unflatten(2, (64, 64)), id="flux2"),
+        pytest.param(lambda: noise(3, 40, 90)[:, 1::2, ::3], id="strided"),
+        pytest.param(lambda: noise(1, 33, 20).expand(3, 33, 20), id="expanded"),
+    ],
+)
+def test_strides_do_not_matter(view):
+    x = view()
+    assert not x.is_contiguous()
+    contiguous = x.contiguous()
+    bands = ops.haar_dwt2(x, 3, backend="triton")
+    for ours, want in zip(flat(bands), flat(ops.haar_dwt2(contiguous, 3, backend="triton")), strict=True):
+        assert ours.equal(want)
+    for ours, want in zip(
+        ops.split_low_band(x, 3, backend="triton"), ops.split_low_band(contiguous, 3, backend="triton"), strict=True
+    ):
+        torch.testing.assert_close(ours, want, **TOLERANCE[torch.float32])
+    merged = ops.merge_low_band(x, bands[0], 3, backend="triton")
+    assert merged.equal(ops.merge_low_band(contiguous, bands[0], 3, backend="triton"))
+
+
+def test_shares_of_a_generation_are_the_same():
+    residual, mean, std, _ = problem((1, 16, 128, 128), 4)
+    whole, low = ops.sample_population(residual, mean, std, 4, popsize=50, seed=5, generation=1, backend="triton")
+    for first, popsize in [(0, 50), (7, 1), (40, 10)]:
+        share = ops.sample_population(
+            residual, mean, std, 4, popsize=popsize, seed=5, generation=1, first=first, backend="triton"
+        )
+        assert share[0].equal(whole[first : first + popsize]) and share[1].equal(low[first : first + popsize])
+
+
+def kernels_launched(call) -> list[str]:
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_one_launch_each(monkeypatch):
+    monkeypatch.undo()  # poison is launches too
+    residual, mean, std, _ = problem((1, 16, 166, 166), 4)
+    coeffs = ops.haar_dwt2(residual, 6, backend="triton")
+    for name, call in {
+        "population_kernel": lambda: ops.sample_population(
+            residual, mean, std, 4, popsize=10, seed=1, dtype=torch.bfloat16, backend="triton"
+        ),
+        "haar_dwt2_kernel": lambda: ops.haar_dwt2(residual, 6, backend="triton"),
+        "haar_idwt2_kernel": lambda: ops.haar_idwt2(coeffs, (166, 166), backend="triton"),
+        "split_low_band_kernel": lambda: ops.split_low_band(residual, 4, backend="triton"),
+    }.items():
+        assert kernels_launched(call) == [name]
+
+
+def test_a_captured_graph_draws_the_next_generation():
+    residual, mean, std, _ = problem((1, 16, 128, 128), 4)
+    seed, generation = torch.tensor(2**40 + 1, device="cuda"), torch.tensor(0, device="cuda")
+
+    def draw():
+        return ops.sample_population(
+            residual, mean, std, 4, popsize=10, seed=seed, generation=generation, dtype=torch.bfloat16, backend="triton"
+        )
+
+    draw()  # compiles outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        candidates, low = draw()
+        generation.add_(1)
+    for number in range(3):
+        candidates.fill_(float("nan")), low.fill_(float("nan"))
+        graph.replay()
+        want = ops.sample_population(
+            residual,
+            mean,
+            std,
+            4,
+            popsize=10,
+            seed=2**40 + 1,
+            generation=number,
+            dtype=torch.bfloat16,
+            backend="triton",
+        )
+        assert candidates.equal(want[0]) and low.equal(want[1])
+
+
+def test_compile_has_no_graph_break():
+    x = noise(1, 16, 83, 128)
+
+    def everything(x, seed, generation):
+        coeffs = ops.haar_dwt2(x, 4, backend="triton")
+        low, residual = ops.split_low_band(ops.haar_idwt2(coeffs, x.shape[-2:], backend="triton"), 4, backend="triton")
+        mean = low.flatten() * 0.5
+        candidates, low = ops.sample_population(
+            residual, mean, mean.abs(), 4, popsize=5, seed=seed, generation=generation, dtype=torch.bfloat16,
+            backend="triton",
+        )  # fmt: skip
+        return candidates + 1, ops.merge_low_band(residual, low[0].view(1, 16, 6, 8), 4, backend="triton")
+
+    compiled = torch.compile(everything, fullgraph=True)
+    for seed, generation in [(3, 1), (torch.tensor(3, device="cuda"), torch.tensor(1, device="cuda"))]:
+        for got, want in zip(compiled(x, seed, generation), everything(x, seed, generation), strict=True):
+            torch.testing.assert_close(got, want, **TOLERANCE[got.dtype])
+
+
+def test_a_search_without_synchronisation():
+    """ask and tell with scores on the device: CUDA itself raises where the host would wait."""
+    state = start(noise(1, 16, 128, 128, dtype=torch.bfloat16), EvolutionConfig(), seed=1)
+    target = noise(16, 128, 128)
+    state = tell(state, *_scored(state, target))  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            state = tell(state, *_scored(state, target))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    best = state.scores.view(5, 10).amax(1)
+    assert best.argmax() > 0 and state.evaluations == 50
+
+
+def _scored(state, target):
+    candidates, low = ask(state, backend="triton")
+    return low, -(candidates.float() - target).square().mean((1, 2, 3))
