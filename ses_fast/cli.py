@@ -1,0 +1,287 @@
+"""The command `ses-fast`: `generate` makes an image with and without search, `doctor` says what would run.
+
+Each command is a function that checks its arguments, loads what they name and returns the work. Bad input
+ends in one line and exit code 2, before the work.
+"""
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+
+# an optional package -> the extra that installs it
+PACKAGES = {
+    "triton": "triton",
+    "diffsynth": "diffsynth",
+    "torchvision": "diffsynth",
+    "transformers": "rewards",
+    "PyWavelets": "wavelets",
+    "matplotlib": "plots",
+}
+MARKS = (10, 30, 100, 300, 1000)  # evaluations whose best image is shown, beside none and all
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command. Exits with code 2 and one line on stderr for bad input, before any work starts."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        work = args.prepare(args)
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+    work()
+
+
+def _generate(args: argparse.Namespace) -> Callable[[], None]:
+    """Checks the arguments of `generate` and loads what they name."""
+    if not args.prompt.strip():
+        raise ValueError("the prompt is empty")
+    args.reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
+    args.preview_steps = args.preview_steps or args.steps
+    from .rewards import REWARDS
+
+    _known("model", args.model, MODELS)
+    _known("reward", args.reward, {"embedded", *REWARDS})
+    if args.reward == "embedded" and args.reward_weights:
+        raise ValueError("--reward-weights: the embedded reward has its own weights")
+    _check_writable(args.out)
+
+    from . import pipelines, report  # here, so that a missing package is said before anything is loaded
+
+    previews = _BestPreviews(args.budget)
+    config = pipelines.SESConfig(
+        popsize=args.popsize,
+        k_elites=args.elites,
+        wavelet_name=args.wavelet,
+        dwt_level=args.level,
+        on_preview=previews,
+    )
+    reward = _load_reward(args.reward, args.reward_weights)
+    pipe = pipelines.enable(MODELS[args.model]())
+    return partial(_search, args, pipe, reward, config, previews, report)
+
+
+def _search(
+    args: argparse.Namespace, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any
+) -> None:
+    size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
+    call = partial(
+        pipe,
+        args.prompt,
+        seed=args.seed,
+        num_inference_steps=args.steps,
+        progress_bar_cmd=lambda steps: steps,
+        **size,
+    )
+    call(enable_ses=False).save(args.out / "base.png")
+    image = call(
+        enable_ses=True,
+        ses_reward_model=reward,
+        ses_eval_budget=args.budget,
+        ses_inference_steps=args.preview_steps,
+        ses_config=config,
+    )
+    image.save(args.out / "image.png")
+
+    result = pipe.ses_result
+    scores = [evaluation.score for evaluation in result.trace]
+    generations = [evaluation.generation for evaluation in result.trace]
+    report.draw_budgets(previews.best, args.out / "budgets.png", args.prompt)
+    report.draw_curve(scores, generations, args.out / "curve.png", result.base_score)
+    summary = {
+        "base_score": _number(result.base_score),
+        "score": result.score,
+        "evaluations": result.evaluations,
+        "seed": result.seed,
+        "settings": {name: value for name, value in vars(args).items() if name not in ("prepare", "out")},
+        "versions": {"ses-fast": __version__, "python": platform.python_version(), **_versions()},
+        "scores": [
+            {"generation": each.generation, "index": each.index, "score": _number(each.score)} for each in result.trace
+        ],
+        "seconds": result.seconds,
+    }
+    (args.out / "result.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    print(f"base score   {result.base_score:.2f}")
+    print(f"best score   {result.score:.2f}")
+    print(f"evaluations  {result.evaluations}")
+    print(f"seconds      {result.seconds['total']:.1f}")
+    print(f"written to   {args.out}: image.png base.png budgets.png curve.png result.json")
+
+
+class _BestPreviews:
+    """The best preview and its score after 0 (the base, scored first), 10, 30, ... and all evaluations."""
+
+    def __init__(self, budget: int) -> None:
+        self.marks = {*(mark for mark in MARKS if mark < budget), budget}
+        self.best: dict[int, tuple[float, Any]] = {}
+        self._count = 0
+        self._leader: tuple[float, Any] = (-math.inf, None)
+
+    def __call__(self, images: Any, scores: Any, generation: int, first_index: int) -> None:
+        for image, score in zip(images, map(float, scores), strict=True):
+            score = score if math.isfinite(score) else -math.inf  # as the search counts it
+            self._count += 1
+            if self._leader[1] is None or score > self._leader[0]:
+                self._leader = (score, image.detach().cpu())
+            if self._count == 1:
+                self.best[0] = self._leader
+            if self._count in self.marks:
+                self.best[self._count] = self._leader
+
+
+def _doctor(args: argparse.Namespace) -> Callable[[], None]:
+    def work() -> None:
+        import torch
+
+        from . import ops
+
+        print(f"{'ses-fast':13} {__version__}")
+        print(f"{'python':13} {platform.python_version()} ({platform.platform()})")
+        for name, version in _versions().items():
+            print(f"{name:13} {version or f'not installed: needs the extra ses-fast[{PACKAGES[name]}]'}")
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        for gpu in gpus:
+            print(f"{'device':13} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+        if not gpus:
+            print(f"{'device':13} CPU, {torch.get_num_threads()} threads")
+        reason = ops.why_not_triton()
+        print(f"{'backend':13} {f'torch (not triton: {reason})' if reason else 'triton'}")
+
+    return work
+
+
+def _versions() -> dict[str, str | None]:
+    """The installed version of each package; torch's says for which CUDA, the others are not imported."""
+    import torch
+
+    versions: dict[str, str | None] = {"torch": torch.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _embedded_model() -> Any:
+    from .embedded import load_pipeline
+
+    return load_pipeline()
+
+
+def _z_image_turbo() -> Any:
+    from .errors import missing_extra
+
+    try:
+        from ._torchvision import mend_torchvision
+
+        mend_torchvision()
+        from diffsynth.pipelines.z_image import ModelConfig, ZImagePipeline
+    except ImportError as error:
+        raise missing_extra("diffsynth", "diffsynth") from error
+
+    patterns = (
+        "transformer/*.safetensors",
+        "text_encoder/*.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    )
+    configs = [ModelConfig(model_id="Tongyi-MAI/Z-Image-Turbo", origin_file_pattern=pattern) for pattern in patterns]
+    return ZImagePipeline.from_pretrained(model_configs=configs)
+
+
+MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-turbo": _z_image_turbo}
+
+
+def _load_reward(name: str, weights: str | None) -> Any:
+    if name == "embedded":
+        from .embedded import load_reward as load_embedded
+
+        return load_embedded()
+    from .rewards import load_reward
+
+    return load_reward(name, weights=weights)
+
+
+def _known(kind: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}; the known ones are {', '.join(sorted(names))}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
+
+
+def _number(score: float | None) -> float | None:
+    """JSON has no infinity: null stands for a score that was not finite."""
+    return score if score is not None and math.isfinite(score) else None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line, without the usage
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"needs a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return whole
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ses-fast", description="Spectral Evolution Search for text-to-image models.")
+    parser.add_argument("--version", action="version", version=f"ses-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    generate = commands.add_parser(
+        "generate",
+        help="turn a prompt into an image, with and without search",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, at_least_one = generate.add_argument, _at_least(1)
+    add("prompt", help="what to draw")
+    add("--budget", type=at_least_one, default=50, help="images to score, the one without search among them")
+    add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
+    add(
+        "--preview-steps",
+        type=at_least_one,
+        help="denoising steps of the scored previews (None: those of --steps)",
+    )
+    add("--seed", type=_at_least(0), default=0, help="seed of the noise and of the search")
+    add("--out", type=Path, default=Path("out"), help="folder for the pictures and result.json")
+    add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
+    add("--reward", help="embedded, clip, pick, ... (None: embedded for the embedded model, else pick)")
+    add("--reward-weights", help="local folder or Hub id of the reward's weights (None: the published ones)")
+    add("--height", type=at_least_one, help="pixels (None: the model's own)")
+    add("--width", type=at_least_one, help="pixels (None: the model's own)")
+    add("--popsize", type=at_least_one, default=10, help="candidates of a generation")
+    add("--elites", type=at_least_one, default=5, help="best candidates that make the next distribution")
+    add("--wavelet", default="db1", help="any wavelet of PyWavelets")
+    add("--level", type=_level, default="auto", help='level of the searched band, a number or "auto"')
+    generate.set_defaults(prepare=_generate)
+
+    doctor = commands.add_parser("doctor", help="print versions, devices and the backend that would run")
+    doctor.set_defaults(prepare=_doctor)
+    return parser
+
+
+def _level(text: str) -> int | str:
+    return text if text == "auto" else _at_least(0)(text)

@@ -1,0 +1,64 @@
+"""Pictures of a search. The only file that imports matplotlib, and never its global state."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from textwrap import shorten
+
+from torch import Tensor
+
+from .errors import missing_extra
+
+try:
+    from matplotlib.figure import Figure  # draws with Agg: no window, no pyplot
+except ImportError as error:
+    raise missing_extra("matplotlib", "plots") from error
+
+
+def draw_budgets(panels: Mapping[int, tuple[float, Tensor]], path: Path, title: str = "") -> None:
+    """Writes the best image after each number of evaluations, side by side, to `path`.
+
+    panels: evaluations -> (score, image (3, H, W) in [-1, 1]); 0 evaluations is the image without search.
+    """
+    figure = Figure(figsize=(2.8 * len(panels), 3.7), layout="constrained")
+    title = shorten(title, 30 * len(panels), placeholder=" ...")
+    figure.suptitle(title + "\n", fontsize=11, parse_math=False)  # a prompt may hold a dollar sign
+    for axes, (evaluations, (score, image)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], sorted(panels.items()), strict=True
+    ):
+        pixels = ((image.detach().float().cpu() + 1) * 127.5).clamp(0, 255).byte()  # as the pipeline makes its picture
+        axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(f"{f'budget {evaluations}' if evaluations else 'no search'}\nscore {score:.2f}", fontsize=11)
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+
+
+def draw_curve(
+    scores: Sequence[float], generations: Sequence[int], path: Path, base_score: float | None = None
+) -> None:
+    """Writes the score of each evaluation, in order, and the best so far to `path`.
+
+    generations: the generation of each score. base_score: drawn as a line where given. Scores that are not
+    finite are left out.
+    """
+    numbers = range(1, len(scores) + 1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(numbers, _finite(scores), c=generations, cmap="viridis", s=18)
+    axes.plot(
+        numbers,
+        _finite(list(accumulate(scores, max))),
+        drawstyle="steps-post",
+        color="tab:red",
+        label="best so far",
+    )
+    if base_score is not None and math.isfinite(base_score):
+        axes.axhline(base_score, color="grey", linestyle="--", label="without search")
+    axes.set(xlabel="evaluation (coloured by generation)", ylabel="score")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _finite(scores: Sequence[float]) -> list[float]:
+    return [score if math.isfinite(score) else math.nan for score in scores]

@@ -1,0 +1,308 @@
+"""The command, around a pipeline of a few lines whose search is the real one."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ses_fast
+from ses_fast import cli, pipelines
+
+PROMPT = "two red squares left of three blue rings"
+
+
+class ToyPipeline:
+    """The image is the noise itself, squeezed into [-1, 1]; what the command needs of an enabled pipeline."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompt, *, seed, num_inference_steps, progress_bar_cmd, enable_ses, height=16, width=16, **ses):
+        self.calls.append({"steps": num_inference_steps, "size": (height, width), "ses": enable_ses, **ses})
+        latents = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+        if enable_ses:
+            config, first = ses["ses_config"], 0
+
+            def objective(candidates):
+                nonlocal first
+                images = candidates.tanh()
+                scores = ses["ses_reward_model"](images, prompt)
+                config.on_preview(images, scores, first // config.popsize, first % config.popsize)
+                first += len(images)
+                return scores
+
+            self.ses_result = ses_fast.evolve(
+                latents,
+                objective,
+                ses["ses_eval_budget"],
+                config.popsize,
+                config.k_elites,
+                config.wavelet_name,
+                1 if config.dwt_level == "auto" else config.dwt_level,
+                seed=seed,
+                include_base=True,
+                progress=False,
+            )
+            latents = self.ses_result.latents
+        return to_picture(latents.tanh()[0])
+
+
+def to_picture(image):  # [3, H, W] in [-1, 1]
+    return Image.fromarray(((image + 1) * 127.5).byte().permute(1, 2, 0).numpy())
+
+
+def redness(images, prompt):
+    return images[:, 0].mean((1, 2)) * 100
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    pipe = ToyPipeline()
+    monkeypatch.setitem(cli.MODELS, "embedded", lambda: pipe)
+    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: redness)
+    monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
+    return pipe
+
+
+def generate(*options):
+    cli.main(["generate", PROMPT, *map(str, options)])
+
+
+def test_generate_writes_what_the_search_found(toy, tmp_path, capsys):
+    out = tmp_path / "a" / "new folder"
+    generate("--budget", 35, "--steps", 3, "--seed", 7, "--out", out)
+    names = {"image.png", "base.png", "budgets.png", "curve.png", "result.json"}
+    assert {path.name for path in out.iterdir()} == names
+
+    found = toy.ses_result
+    result = json.loads((out / "result.json").read_text())
+    assert (result["base_score"], result["score"]) == (found.base_score, found.score)
+    assert result["score"] > result["base_score"]
+    assert (result["evaluations"], result["seed"]) == (35, 7)
+    assert [tuple(score.values()) for score in result["scores"]] == [
+        (each.generation, each.index, each.score) for each in found.trace
+    ]
+    assert result["settings"]["prompt"] == PROMPT and result["settings"]["steps"] == 3
+    assert result["versions"]["torch"] == torch.__version__ and result["seconds"]["total"] > 0
+
+    base = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(7)).tanh()
+    assert np.array_equal(Image.open(out / "base.png"), to_picture(base[0]))
+    assert np.array_equal(Image.open(out / "image.png"), to_picture(found.latents.tanh()[0]))
+
+    printed = capsys.readouterr().out
+    assert f"base score   {found.base_score:.2f}\nbest score   {found.score:.2f}\nevaluations  35\n" in printed
+
+
+def test_the_documented_call_is_made(toy, tmp_path):
+    generate("--budget", 2, "--steps", 9, "--preview-steps", 4, "--height", 8, "--width", 32, "--out", tmp_path)
+    plain, searched = toy.calls
+    assert plain == {"steps": 9, "size": (8, 32), "ses": False}
+    config = searched.pop("ses_config")
+    assert searched == {
+        "steps": 9,
+        "size": (8, 32),
+        "ses": True,
+        "ses_reward_model": redness,
+        "ses_eval_budget": 2,
+        "ses_inference_steps": 4,
+    }
+    assert (config.popsize, config.k_elites, config.wavelet_name, config.dwt_level) == (10, 5, "db1", "auto")
+
+
+def test_search_options_reach_the_search(toy, tmp_path):
+    options = ("--popsize", 4, "--elites", 2, "--wavelet", "db2", "--level", 2, "--budget", 6)
+    generate(*options, "--out", tmp_path)
+    config = toy.calls[1]["ses_config"]
+    assert (config.popsize, config.k_elites, config.wavelet_name, config.dwt_level) == (4, 2, "db2", 2)
+
+
+def test_the_best_previews_at_each_budget(toy, tmp_path, monkeypatch):
+    from ses_fast import report
+
+    drawn = {}
+    monkeypatch.setattr(report, "draw_budgets", lambda panels, path, title: drawn.update(panels))
+    generate("--budget", 35, "--out", tmp_path)
+    trace = [evaluation.score for evaluation in toy.ses_result.trace]
+    assert {budget: score for budget, (score, _) in drawn.items()} == pytest.approx(
+        {0: trace[0], 10: max(trace[:10]), 30: max(trace[:30]), 35: max(trace)}, rel=1e-6
+    )
+    assert torch.equal(drawn[35][1], toy.ses_result.latents.tanh()[0])
+    for score, image in drawn.values():  # each picture is the one that has the score
+        assert redness(image[None], PROMPT).item() == pytest.approx(score, rel=1e-6)
+
+
+# (budget, the marks): the smallest, one at a mark, the documented one, a large one
+@pytest.mark.parametrize(
+    ("budget", "marks"),
+    [(1, [0, 1]), (10, [0, 10]), (50, [0, 10, 30, 50]), (120, [0, 10, 30, 100, 120])],
+)
+def test_marks(budget, marks):
+    previews = cli._BestPreviews(budget)
+    for i in range(budget):
+        previews(torch.full((1, 3, 2, 2), float(i)), [math.sin(i)], 0, i)
+    assert sorted(previews.best) == marks
+    for mark, (score, image) in previews.best.items():
+        best = max(range(max(mark, 1)), key=math.sin)
+        assert (score, image[0, 0, 0]) == (math.sin(best), best)
+
+
+def test_a_score_that_is_not_finite_is_null_in_the_result(toy, tmp_path, monkeypatch):
+    scores = iter([math.nan, 1.0, -math.inf, 3.0, 2.0])
+    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: lambda images, prompt: torch.tensor([next(scores)]))
+    with pytest.warns(UserWarning):
+        generate("--budget", 5, "--popsize", 5, "--out", tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [score["score"] for score in result["scores"]] == [None, 1.0, None, 3.0, 2.0]
+    assert (result["base_score"], result["score"]) == (None, 3.0)
+
+
+# arguments, and what the one line says
+BAD = {
+    "no command": ([], "command"),
+    "unknown command": (["paint"], "invalid choice: 'paint'"),
+    "no prompt": (["generate"], "required: prompt"),
+    "empty prompt": (["generate", ""], "the prompt is empty"),
+    "blank prompt": (["generate", " \n"], "the prompt is empty"),
+    "unknown option": (["generate", PROMPT, "--bugdet", "3"], "--bugdet"),
+    "budget 0": (["generate", PROMPT, "--budget", "0"], "--budget: must be at least 1, got 0"),
+    "budget below 0": (["generate", PROMPT, "--budget", "-5"], "--budget: must be at least 1, got -5"),
+    "budget not whole": (
+        ["generate", PROMPT, "--budget", "2.5"],
+        "--budget: needs a whole number, got '2.5'",
+    ),
+    "steps 0": (["generate", PROMPT, "--steps", "0"], "--steps: must be at least 1"),
+    "preview steps 0": (["generate", PROMPT, "--preview-steps", "0"], "--preview-steps: must be at least 1"),
+    "seed below 0": (["generate", PROMPT, "--seed", "-1"], "--seed: must be at least 0"),
+    "height 0": (["generate", PROMPT, "--height", "0"], "--height: must be at least 1"),
+    "popsize 0": (["generate", PROMPT, "--popsize", "0"], "--popsize: must be at least 1"),
+    "elites 0": (["generate", PROMPT, "--elites", "0"], "--elites: must be at least 1"),
+    "level a word": (["generate", PROMPT, "--level", "deep"], "--level: needs a whole number, got 'deep'"),
+    "level below 0": (["generate", PROMPT, "--level", "-1"], "--level: must be at least 0"),
+    "unknown wavelet": (["generate", PROMPT, "--wavelet", "db999"], "db999"),
+    "unknown model": (
+        ["generate", PROMPT, "--model", "dalle"],
+        "'dalle'; the known ones are embedded, z-image-turbo",
+    ),
+    "unknown reward": (
+        ["generate", PROMPT, "--reward", "taste"],
+        "unknown reward 'taste'; the known ones are ",
+    ),
+    "weights of the embedded reward": (["generate", PROMPT, "--reward-weights", "x"], "has its own weights"),
+    "a folder below a file": (
+        ["generate", PROMPT, "--out", "file/out"],
+        "cannot write to the folder file/out: Not a dir",
+    ),
+    "a file as folder": (
+        ["generate", PROMPT, "--out", "file"],
+        "cannot write to the folder file: File exists",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, toy, tmp_path, monkeypatch, capsys):
+    arguments, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert toy.calls == []
+
+
+def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)  # a mode would not stop root
+    with pytest.raises(SystemExit, match="2"):
+        generate("--out", tmp_path)
+    assert capsys.readouterr().err.endswith(f"cannot write to the folder {tmp_path}: Permission denied\n")
+    assert toy.calls == []
+
+
+def test_weights_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.MODELS, "embedded", lambda: pytest.fail("the model was loaded before the reward was found"))
+    with pytest.raises(SystemExit, match="2"):
+        generate("--reward", "pick", "--reward-weights", tmp_path / "none", "--out", tmp_path)
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "none") in printed and printed.count("\n") == 1
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "ses_fast.report", raising=False)
+    monkeypatch.delattr(ses_fast, "report", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        generate("--out", tmp_path)
+    assert 'pip install "ses-fast[plots]"' in capsys.readouterr().err
+    assert toy.calls == []
+
+
+def test_an_error_in_the_search_is_not_swallowed(toy, tmp_path, monkeypatch):
+    def broken(images, prompt):
+        raise ValueError("a bug in a reward")
+
+    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: broken)
+    with pytest.raises(ValueError, match="a bug in a reward"):
+        generate("--out", tmp_path)
+
+
+def test_z_image_turbo_is_loaded_from_its_published_files(monkeypatch):
+    from ses_fast._torchvision import mend_torchvision
+
+    mend_torchvision()
+    from diffsynth.pipelines.z_image import ZImagePipeline
+
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", staticmethod(lambda model_configs: model_configs))
+    configs = cli.MODELS["z-image-turbo"]()
+    assert {config.model_id for config in configs} == {"Tongyi-MAI/Z-Image-Turbo"}
+    assert [config.origin_file_pattern.split("/")[0] for config in configs] == [
+        "transformer",
+        "text_encoder",
+        "vae",
+    ]
+
+
+def test_doctor(monkeypatch, capsys):
+    monkeypatch.setitem(cli.PACKAGES, "no-such-package", "plots")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    cli.main(["doctor"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["ses-fast"] == ses_fast.__version__ and lines["torch"] == torch.__version__
+    assert lines["no-such-package"] == "not installed: needs the extra ses-fast[plots]"
+    assert lines["device"].startswith("CPU")
+    assert lines["backend"] == "torch (not triton: torch finds no CUDA device)"
+
+
+def test_doctor_where_triton_would_run(monkeypatch, capsys):
+    monkeypatch.setattr(ses_fast.ops, "why_not_triton", lambda: None)
+    cli.main(["doctor"])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["backend", "triton"]
+
+
+def test_the_module_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "ses_fast", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"ses-fast {ses_fast.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "ses_fast", "generate", ""], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "ses-fast: error: the prompt is empty\n")
+
+
+def test_the_embedded_model(tmp_path):
+    """The real thing, small: model, reward, search and pictures."""
+    generate("--budget", 2, "--steps", 2, "--seed", 1, "--out", tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["evaluations"] == 2 and result["score"] == max(score["score"] for score in result["scores"])
+    pictures = {name: np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("base", "image")}
+    assert {picture.shape for picture in pictures.values()} == {(128, 128, 3)}
+    improved = result["score"] > result["base_score"]
+    assert improved != np.array_equal(pictures["base"], pictures["image"])
