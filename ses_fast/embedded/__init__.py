@@ -1,0 +1,40 @@
+"""A small trained text-to-image model with its rewards and its oracle, so that everything here runs on a bare machine.
+
+See README.md beside this file for its world, and for what was measured of it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .world import judge, split_scenes
+
+if TYPE_CHECKING:
+    from .pipeline import EmbeddedPipeline
+
+__all__ = ["captions", "judge", "load_pipeline", "load_reward"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def captions(heldout: bool = True) -> list[str]:
+    """The 200 captions never trained on, or the 9,320 that were; always in the same order."""
+    train, held_out = split_scenes()
+    return [str(scene) for scene in (held_out if heldout else train)]
+
+
+def load_pipeline(device: torch.device | str = "cpu", torch_dtype: torch.dtype = torch.float32) -> "EmbeddedPipeline":
+    """The trained `ZImagePipeline`, ready for `ses_fast.enable`. It draws 128x128 when no size is named; 256x256 was
+    trained too. Raises ImportError, naming the extra, where diffsynth is missing.
+    """
+    from .pipeline import load
+
+    return load(WEIGHTS, device, torch_dtype)
+
+
+def load_reward(heldout: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The CLIP reward to search with or, `heldout`, one trained on other scenes from another seed, to judge with."""
+    from ..rewards import load_reward as load
+
+    return load("clip", WEIGHTS / ("heldout" if heldout else "reward"), device=device, dtype=dtype)

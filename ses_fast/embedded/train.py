@@ -1,0 +1,584 @@
+"""Trains the embedded model and its two rewards from nothing: `python -m ses_fast.embedded.train --run runs/embedded`.
+
+The stages, in order (each can be named alone; a stage that is done is skipped, one that was interrupted goes on from
+its last checkpoint): autoencoder, latents, reward, heldout, model, export. Every batch is a function of the
+settings' seed and the step, so an interrupted run draws what an uninterrupted one would have drawn.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from . import models, world
+
+CHECKPOINT_SECONDS = 240
+LOG_STEPS = 50
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One stage's optimisation. `seed` decides its data and its initial weights."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+    weight_decay: float = 0.01
+    warmup: int = 100
+    final_lr: float = 0.02  # of lr, reached linearly
+    ema: float = 0.0
+    muon: bool = False  # for the matrices; AdamW for the rest
+
+
+STAGES = {
+    "autoencoder": Settings(steps=2200, batch=48, lr=2e-3, seed=1, weight_decay=1e-4),
+    "reward": Settings(steps=3200, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
+    "heldout": Settings(steps=1500, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
+    "model": Settings(steps=6000, batch=64, lr=2e-3, seed=3, ema=0.998, muon=True),
+}
+MODEL_SIZES = {128: 32_000, 256: 6_000}  # pixels: how many encoded scenes
+MODEL_LARGE_FROM = 0.6  # of the steps; from here on every second batch is of the larger size
+REWARD_SCENES = 40_000
+CAPTION_DROPOUT = 0.1  # so that classifier-free guidance has a meaning
+
+
+# --- the loop that all stages share ---------------------------------------------------------------------------
+
+
+def fit(name: str, module: Any, loss_of: Callable[[int], tuple[Tensor, dict]], run: Path) -> Any:
+    """Trains `module` on `loss_of(step)` -> (loss, figures to log) and returns it (its average, where ema > 0).
+
+    Writes run/<name>.safetensors (weights, average, optimiser, step, settings) every few minutes and at the end, and
+    a line of figures to run/<name>.jsonl every LOG_STEPS steps. Raises ValueError for a checkpoint of other settings.
+    """
+    settings = STAGES[name]
+    device = next(module.parameters()).device
+    matrices = [p for p in module.parameters() if p.ndim == 2]
+    others = [p for p in module.parameters() if p.ndim != 2]
+    optimisers: list[torch.optim.Optimizer]
+    if settings.muon:
+        optimisers = [
+            torch.optim.Muon(
+                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(others, settings.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+    else:
+        optimisers = [
+            torch.optim.AdamW(module.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
+        ]
+    average = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    path = run / f"{name}.safetensors"
+    first = _load_checkpoint(path, settings, module, average, optimisers)
+    log = run / f"{name}.jsonl"
+    if log.exists():  # what came after the checkpoint is done again
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
+        log.write_text("".join(line + "\n" for line in kept))
+    saved, running = time.monotonic(), []
+    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=name, mininterval=5)
+    for step in bar:
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = settings.lr * _schedule(step, settings)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, figures = loss_of(step)
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        with torch.no_grad():
+            decay = min(settings.ema, (1 + step) / (20 + step))
+            for key, value in module.state_dict().items():
+                average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
+        running.append({"loss": loss.item(), **figures})
+        last = step + 1 == settings.steps
+        if (step + 1) % LOG_STEPS == 0 or last:
+            means = {key: round(float(np.mean([r[key] for r in running])), 4) for key in running[0]}
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, **means}) + "\n")
+            bar.set_postfix(means)
+            running = []
+            if last or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                _save_checkpoint(path, step + 1, settings, module, average, optimisers)
+                saved = time.monotonic()
+    module.load_state_dict(average)
+    return module.eval()
+
+
+def _schedule(step: int, settings: Settings) -> float:
+    decay = 1 - step / settings.steps
+    return min(1.0, (step + 1) / settings.warmup) * (settings.final_lr + (1 - settings.final_lr) * decay)
+
+
+def _save_checkpoint(
+    path: Path, step: int, settings: Settings, module: nn.Module, average: dict, optimisers: list
+) -> None:
+    tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    for number, optimiser in enumerate(optimisers):
+        for index, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{index}.{k}": v for k, v in state.items()}
+    part = path.with_suffix(".part")
+    about = {"step": str(step), "settings": json.dumps(asdict(settings))}
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part, about)
+    part.replace(path)  # a kill while writing leaves the last checkpoint whole
+
+
+def _load_checkpoint(path: Path, settings: Settings, module: nn.Module, average: dict, optimisers: list) -> int:
+    """Restores everything in place and returns the next step; 0 where there is no checkpoint."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    if json.loads(about["settings"]) != asdict(settings):
+        raise ValueError(
+            f"{path} was trained with {about['settings']}, not {settings}: remove it or name another --run"
+        )
+    tensors = load_file(path)
+    module.load_state_dict(_under(tensors, "module"))
+    for key, value in _under(tensors, "average").items():
+        average[key].copy_(value)
+    for number, optimiser in enumerate(optimisers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under(tensors, f"optimiser.{number}").items():
+            index, field = key.split(".", 1)
+            state.setdefault(int(index), {})[field] = value
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return int(about["step"])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+
+
+def _rng(seed: int, step: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step])
+
+
+def _torch_rng(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def _to_unit(images: np.ndarray, device: torch.device) -> Tensor:  # [n, H, W, 3] uint8 -> [n, 3, H, W] in [-1, 1]
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+# --- autoencoder ----------------------------------------------------------------------------------------------
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder, trained together on 64x64 crops of scenes of both sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = models.Encoder(), models.Decoder()
+
+
+def train_autoencoder(run: Path, device: torch.device) -> Autoencoder:
+    """Trains it and measures its latents' mean and deviation, which it then carries."""
+    settings = STAGES["autoencoder"]
+    torch.manual_seed(settings.seed)
+    module = Autoencoder().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    scenes, _ = world.split_scenes()
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        image = _to_unit(_crops(scenes, _rng(settings.seed, step), settings.batch), device)
+        image = image.contiguous(memory_format=torch.channels_last)
+        latents = module.encoder(image).float()
+        noise = torch.randn(latents.shape, generator=_torch_rng(settings.seed, step)).to(device)
+        error = module.decoder(latents + 0.05 * noise).float() - image
+        loss = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
+        return loss, {"latent_std": latents.std().item()}
+
+    fit("autoencoder", module, loss_of, run)
+    rng = _rng(settings.seed, settings.steps)
+    drawn = np.stack([world.draw(scenes[rng.integers(len(scenes))], rng) for _ in range(512)])
+    with torch.no_grad():
+        latents = module.encoder(_to_unit(drawn, device))
+    for part in (module.encoder, module.decoder):
+        part.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        part.std.copy_(latents.std((0, 2, 3), keepdim=True))
+    return module
+
+
+def _crops(scenes: list, rng: np.random.Generator, count: int, side: int = 64) -> np.ndarray:
+    """`count` crops, a third of them from scenes drawn at twice the size; four from each scene drawn."""
+    out = np.empty((count, side, side, 3), np.uint8)
+    for start in range(0, count, 4):
+        size = 256 if start % 12 == 0 else 128
+        image = world.draw(scenes[rng.integers(len(scenes))], rng, size)
+        for index in range(start, min(start + 4, count)):
+            y, x = rng.integers(0, size - side + 1, 2)
+            out[index] = image[y : y + side, x : x + side]
+    return out
+
+
+# --- latents: the scenes that the model is trained on, encoded once ---------------------------------------------
+
+
+def encode_scenes(
+    run: Path, autoencoder: Autoencoder, device: torch.device
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{pixels: (latents [n, 16, h, w] fp16, scene index [n])}, kept in `run` as .npy."""
+    scenes, _ = world.split_scenes()
+    data = {}
+    for size, count in MODEL_SIZES.items():
+        latents_path, scenes_path = run / f"latents{size}.npy", run / f"scenes{size}.npy"
+        if not scenes_path.exists():
+            side = size // models.DOWNSCALE
+            shape = (count, models.LATENT_CHANNELS, side, side)
+            latents = np.lib.format.open_memmap(latents_path, "w+", np.float16, shape)
+            rng = _rng(STAGES["model"].seed, size)
+            index = rng.integers(0, len(scenes), count)
+            for start in tqdm(range(0, count, 64), desc=f"latents {size}", mininterval=5):
+                chosen = index[start : start + 64]
+                drawn = np.stack([world.draw(scenes[i], rng, size) for i in chosen])
+                image = _to_unit(drawn, device).contiguous(memory_format=torch.channels_last)
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                    encoded = autoencoder.encoder(image)
+                latents[start : start + 64] = encoded.float().cpu().numpy()
+            latents.flush()
+            np.save(scenes_path, index)
+        data[size] = (np.load(latents_path, mmap_mode="r"), np.load(scenes_path))
+    return data
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Text encoder and denoiser, trained together."""
+
+    dit: Any  # for the type checker: a Module's parts are not known to it
+
+    def __init__(self):
+        super().__init__()
+        self.text_encoder, self.dit = models.TextEncoder(), models.build_dit()
+
+    def forward(self, latents: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The velocity noise - image for latents [B, 16, h, w] at sigma [B], given captions ids, mask [B, 32].
+
+        What `ZImagePipeline` computes for one image, for a batch of images each with its own caption (its own
+        forward takes a batch for the frames of one sequence). h and w are such that no image token is padding.
+        """
+        dit, batch, (height, width) = self.dit, len(latents), latents.shape[-2:]
+        time = dit.t_embedder(1000 * (1 - sigma))
+        rope_text, rope_image = self._rope(height // 2, width // 2, latents.device)
+
+        image = (
+            latents.view(batch, -1, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        )
+        image = dit.all_x_embedder["2-1"](image)  # [B, h*w/4, D]
+        for layer in dit.noise_refiner:
+            image = layer(image, None, rope_image, time)
+
+        text = dit.cap_embedder(self.text_encoder(ids, mask).hidden_states[-2])  # [B, 32, D]
+        text = torch.where(mask.bool()[..., None], text, dit.cap_pad_token.to(text.dtype))
+        for layer in dit.context_refiner:
+            text = layer(text, None, rope_text)
+
+        both, rope = torch.cat([image, text], 1), torch.cat([rope_image, rope_text], 1)
+        for layer in dit.layers:
+            both = layer(both, None, rope, time)
+        patches = dit.all_final_layer["2-1"](both, time)[:, : image.shape[1]]
+        patches = patches.view(batch, height // 2, width // 2, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+        return -patches.reshape(latents.shape)
+
+    def _rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotary factors of the caption's tokens, at (1..32, 0, 0), and of the image's, at (33, y, x)."""
+        text = torch.zeros(models.CAPTION_LENGTH, 3, dtype=torch.int64)
+        text[:, 0] = torch.arange(1, models.CAPTION_LENGTH + 1)
+        axes = (torch.tensor([models.CAPTION_LENGTH + 1]), torch.arange(rows), torch.arange(columns))
+        image = torch.cartesian_prod(*axes)
+        return tuple(self.dit.rope_embedder(ids.to(device))[None] for ids in (text, image))
+
+
+def train_model(run: Path, data: dict, device: torch.device, compile_blocks: bool = False) -> Model:
+    """Flow matching at shift 3, as `ZImagePipeline` samples it; the larger size joins late (it costs four times)."""
+    settings = STAGES["model"]
+    torch.manual_seed(settings.seed)
+    module = Model().to(device)
+    if compile_blocks:
+        for block in (*module.dit.noise_refiner, *module.dit.context_refiner, *module.dit.layers):
+            block.compile(dynamic=False)
+    # The CPU's fused attention is slower than plain matrices for heads this small, three times in the backward pass.
+    attention = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    scenes, _ = world.split_scenes()
+    captions = [str(scene) for scene in scenes] + [""]
+    tokens = models.build_tokenizer()(captions, padding="max_length", return_tensors="pt")
+    small, large = sorted(MODEL_SIZES)
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        generator = _torch_rng(settings.seed, step)
+        size = large if step >= MODEL_LARGE_FROM * settings.steps and step % 2 else small
+        batch = settings.batch * small**2 // size**2
+        latents, index = data[size]
+        chosen = torch.randint(len(index), (batch,), generator=generator).sort().values.numpy()
+        image = torch.from_numpy(latents[chosen]).to(device).float()
+        caption = torch.from_numpy(index[chosen])
+        caption[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = len(scenes)  # the empty prompt
+        uniform = torch.sigmoid(torch.randn(batch, generator=generator))
+        sigma = (3 * uniform / (1 + 2 * uniform)).to(device)
+        noise = torch.randn(image.shape, generator=generator).to(device)
+        mix = sigma[:, None, None, None]
+        ids, mask = tokens["input_ids"][caption].to(device), tokens["attention_mask"][caption].to(device)
+        velocity = module((1 - mix) * image + mix * noise, sigma, ids, mask)
+        return F.mse_loss(velocity.float(), noise - image), {}
+
+    with sdpa_kernel(attention):
+        return fit("model", module, loss_of, run)
+
+
+# --- the rewards --------------------------------------------------------------------------------------------------
+
+
+class Reward(nn.Module):
+    """A CLIPModel and, for training alone, a linear head that reads the scene's facts off both embeddings.
+
+    Without that head the contrastive loss stands still for a long time: the captions differ in single words.
+    """
+
+    clip: Any
+
+    def __init__(self):
+        super().__init__()
+        self.clip = models.build_clip()
+        self.facts = nn.Linear(self.clip.config.projection_dim, len(world.COLOURS) * 11)
+
+    def image(self, pixels: Tensor) -> Tensor:  # [B, 3, 64, 64] -> [B, E], of length 1
+        return F.normalize(self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output).float(), dim=-1)
+
+    def text(self, ids: Tensor, mask: Tensor) -> Tensor:  # [B, L] both -> [B, E], of length 1
+        pooled = self.clip.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        return F.normalize(self.clip.text_projection(pooled).float(), dim=-1)
+
+    def fact_loss(self, embedding: Tensor, labels: Tensor) -> Tensor:  # labels: [B, 6, 3]
+        logits = self.facts(10 * embedding).float().view(-1, 11)
+        count, shape, side = labels.view(-1, 3).unbind(-1)
+        return (
+            2 * F.cross_entropy(logits[:, :4], count)
+            + F.cross_entropy(logits[:, 4:7], shape, ignore_index=-1)
+            + F.cross_entropy(logits[:, 7:], side, ignore_index=-1)
+        )
+
+
+def train_reward(name: str, run: Path, device: torch.device, hard: int = 3) -> nn.Module:
+    """Contrastive, each image against the batch's captions and `hard` captions of its own with one fact changed."""
+    settings = STAGES[name]
+    torch.manual_seed(settings.seed)
+    module = Reward().to(device)
+    scenes, _ = world.split_scenes()
+    pictures, index = _small_pictures(run, name, settings.seed)
+    tokenizer = models.build_tokenizer()
+    labels, trained = torch.tensor([_fact_labels(scene) for scene in scenes]), set(scenes)
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        rng, generator = _rng(settings.seed, step), _torch_rng(settings.seed, step)
+        chosen = np.sort(rng.integers(0, len(index), settings.batch))
+        batch = [scenes[i] for i in index[chosen]]
+        image = _to_unit(pictures[chosen], device)
+        if rng.random() < 0.5:  # generated pictures are softer than drawn ones, and noisier
+            image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        strength = 0.15 * torch.rand(settings.batch, 1, 1, 1, generator=generator)
+        image = image + (strength * torch.randn(image.shape, generator=generator)).to(device)
+        captions = [str(s) for s in batch] + [str(_hard_negative(s, trained, rng)) for s in batch for _ in range(hard)]
+        tokens = tokenizer(captions, padding=True, return_tensors="pt").to(device)
+        seen, said = (
+            module.image(image / _PIXEL_STD),
+            module.text(tokens["input_ids"], tokens["attention_mask"]),
+        )
+        right, wrong = said[: settings.batch], said[settings.batch :].view(settings.batch, hard, -1)
+        scale = module.clip.logit_scale.exp().clamp(max=100)
+        among_batch = scale * seen @ right.T
+        among_hard = scale * torch.einsum("nd,nkd->nk", seen, wrong)
+        target = torch.arange(settings.batch, device=device)
+        contrast = 0.7 * F.cross_entropy(torch.cat([among_batch, among_hard], 1), target)
+        contrast = contrast + 0.3 * F.cross_entropy(among_batch.T, target)
+        truth = labels[index[chosen]].to(device)
+        loss = contrast + module.fact_loss(seen, truth) + module.fact_loss(right, truth)
+        refused = (among_hard.amax(1) < among_batch.diagonal()).float().mean().item()
+        return loss, {"contrast": contrast.item(), "hard_refused": refused}
+
+    return fit(name, module, loss_of, run).clip
+
+
+_PIXEL_STD = 0.5  # preprocessing is (pixel / 255 - 0.5) / 0.25: [-2, 2]
+
+
+def _small_pictures(run: Path, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes drawn at 128 pixels and resized to the reward's 64 by PIL's bicubic, as a preview will be."""
+    from PIL import Image
+
+    pictures_path, index_path = run / f"{name}_pictures.npy", run / f"{name}_scenes.npy"
+    if not index_path.exists():
+        scenes, _ = world.split_scenes()
+        rng = _rng(seed, -1 % 2**32)
+        index = rng.integers(0, len(scenes), REWARD_SCENES)
+        pictures = np.lib.format.open_memmap(pictures_path, "w+", np.uint8, (REWARD_SCENES, 64, 64, 3))
+        for row in tqdm(range(REWARD_SCENES), desc=f"{name} pictures", mininterval=5):
+            drawn = Image.fromarray(world.draw(scenes[index[row]], rng))
+            pictures[row] = np.asarray(drawn.resize((64, 64), Image.Resampling.BICUBIC))
+        pictures.flush()
+        np.save(index_path, index)
+    return np.load(pictures_path, mmap_mode="r"), np.load(index_path)
+
+
+def _hard_negative(scene: world.Scene, trained: set[world.Scene], rng: np.random.Generator) -> world.Scene:
+    """A scene of `trained` (so that no held-out caption is ever seen) that differs from `scene` in one fact."""
+    while True:
+        changed = _change_one_fact(scene, rng)
+        if changed in trained:
+            return changed
+
+
+def _change_one_fact(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
+    """Another caption that differs in one fact: most often a count, which is what the model gets wrong."""
+
+    def other(value, values):
+        rest = [v for v in values if v != value]
+        return rest[rng.integers(len(rest))]
+
+    first, relation, second = scene.first, scene.relation, scene.second
+    kind = rng.choice(["count", "relation", "shape", "colour"], p=[0.5, 0.2, 0.25, 0.05])
+    if kind == "relation":
+        relation = world.OPPOSITES[relation] if rng.random() < 0.6 else other(relation, world.RELATIONS)
+        return world.Scene(first, relation, second)
+    group = first if rng.random() < 0.5 else second
+    if kind == "count":
+        changed = world.Group(other(group.count, (1, 2, 3)), group.colour, group.shape)
+    elif kind == "shape":
+        changed = world.Group(group.count, group.colour, other(group.shape, world.SHAPES))
+    else:
+        unused = [c for c in world.COLOURS if c not in (first.colour, second.colour)]
+        changed = world.Group(group.count, unused[rng.integers(len(unused))], group.shape)
+    return world.Scene(changed, relation, second) if group is first else world.Scene(first, relation, changed)
+
+
+def _fact_labels(scene: world.Scene) -> list[tuple[int, int, int]]:
+    """(count, shape, side) for each colour; shape and side are -1 where the scene has none of that colour."""
+    labels = [(0, -1, -1)] * len(world.COLOURS)
+    for group, before in ((scene.first, scene.first_is_before), (scene.second, not scene.first_is_before)):
+        side = 2 * scene.axis + (0 if before else 1)
+        labels[list(world.COLOURS).index(group.colour)] = (group.count, world.SHAPES.index(group.shape), side)
+    return labels
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def export(autoencoder: Autoencoder, model: Model, rewards: dict[str, Any], out: Path) -> None:
+    """fp16 safetensors: one for each part of the pipeline, and a folder in transformers' layout for each reward."""
+    out.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Any] = {
+        "vae_encoder": autoencoder.encoder,
+        "vae_decoder": autoencoder.decoder,
+        "text_encoder": model.text_encoder,
+        "dit": model.dit,
+    }
+    for name, part in parts.items():
+        save_file(
+            {k: v.half().contiguous().cpu() for k, v in part.state_dict().items()},
+            out / f"{name}.safetensors",
+        )
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 64},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 64, "width": 64},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [_PIXEL_STD / 2] * 3,
+    }
+    tokenizer = models.build_tokenizer()
+    tokenizer.chat_template = None
+    for name, clip in rewards.items():
+        clip.half().save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+        (out / name / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes them for the owner alone
+
+
+class Training:
+    """The stages as attributes: each is made when it is first asked for, from what the earlier ones made."""
+
+    names = ("autoencoder", "latents", "reward", "heldout", "model", "export")
+
+    def __init__(self, run: Path, device: torch.device, compile_blocks: bool):
+        self.run, self.device, self.compile_blocks = run, device, compile_blocks
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        return train_autoencoder(self.run, self.device)
+
+    @cached_property
+    def latents(self) -> dict:
+        return encode_scenes(self.run, self.autoencoder, self.device)
+
+    @cached_property
+    def reward(self) -> nn.Module:
+        return train_reward("reward", self.run, self.device)
+
+    @cached_property
+    def heldout(self) -> nn.Module:
+        return train_reward("heldout", self.run, self.device)
+
+    @cached_property
+    def model(self) -> Model:
+        return train_model(self.run, self.latents, self.device, self.compile_blocks)
+
+    @cached_property
+    def export(self) -> None:
+        """The weights, the settings they were trained with, and the logs."""
+        export(self.autoencoder, self.model, {"reward": self.reward, "heldout": self.heldout}, WEIGHTS)
+        settings = {name: asdict(stage) for name, stage in STAGES.items()}
+        (WEIGHTS / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (WEIGHTS / "logs").mkdir(exist_ok=True)
+        for name in STAGES:
+            shutil.copy(self.run / f"{name}.jsonl", WEIGHTS / "logs")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(Training.names)}; all of them when none is named")
+    parser.add_argument("--run", type=Path, required=True, help="where checkpoints, data and logs are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (needs a C++ compiler)")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's default when not given)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.stages) - set(Training.names)
+    if unknown:
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(Training.names)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    training = Training(arguments.run, torch.device(arguments.device), arguments.compile)
+    for name in arguments.stages or Training.names:
+        getattr(training, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The embedded model: its world and oracle, its training script, and the parts that are shipped."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ses_fast import embedded
+from ses_fast.embedded import models, train, world
+
+SCENE = world.Scene(world.Group(2, "red", "square"), "left of", world.Group(3, "blue", "ring"))
+CAPTION = "two red squares left of three blue rings"
+
+
+def picture(scene: world.Scene, size: int = 128, seed: int = 0) -> Image.Image:
+    return Image.fromarray(world.draw(scene, np.random.default_rng(seed), size))
+
+
+# --- captions -------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_many_and_the_held_out_ones_are_never_trained_on():
+    trained, held_out = embedded.captions(heldout=False), embedded.captions()
+    assert len(set(trained)) == 9320 and len(set(held_out)) == 200
+    assert not set(trained) & set(held_out)
+    assert not set(trained) & {str(scene.mirrored) for scene in world.split_scenes()[1]}
+    assert held_out == embedded.captions()
+
+
+def test_a_scene_told_from_the_other_side_is_drawn_the_same():
+    mirrored = SCENE.mirrored
+    assert str(mirrored) == "three blue rings right of two red squares" and mirrored.mirrored == SCENE
+    assert embedded.judge(picture(SCENE), str(mirrored))["all"]
+
+
+def test_hard_negatives_are_other_captions_that_were_trained_on():
+    scenes = world.split_scenes()[0]
+    trained, rng = set(scenes), np.random.default_rng(0)
+    kept = trained - {world.Scene(SCENE.first, "right of", SCENE.second)}
+    for _ in range(500):
+        negative = train._hard_negative(SCENE, kept, rng)
+        assert negative in kept and negative != SCENE
+
+
+def test_a_caption_is_read_back_as_its_scene():
+    assert str(SCENE) == CAPTION
+    assert all(world.parse(str(scene)) == scene for scene in world.all_scenes())
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("a cat on a mat", id="another-world"),
+        pytest.param("two red square left of three blue rings", id="singular-of-two"),
+        pytest.param("one red squares left of three blue rings", id="plural-of-one"),
+        pytest.param("two red squares left of three red rings", id="one-colour"),
+        pytest.param("four red squares left of three blue rings", id="unknown-number"),
+        pytest.param("two pink squares left of three blue rings", id="unknown-colour"),
+        pytest.param("two red circles left of three blue rings", id="unknown-shape"),
+        pytest.param("two red squares beside three blue rings", id="unknown-relation"),
+        pytest.param("two red squares  left of three blue rings", id="two-spaces"),
+    ],
+)
+def test_other_captions_are_refused(caption):
+    with pytest.raises(ValueError, match="not a caption of the embedded world"):
+        embedded.judge(picture(SCENE), caption)
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "count"), [(128, 300), (256, 60), (64, 100)])
+def test_the_oracle_reads_drawn_scenes(size, count):
+    scenes = world.split_scenes()[0][:count]
+    right = [embedded.judge(picture(scene, size, seed), str(scene))["all"] for seed, scene in enumerate(scenes)]
+    assert np.mean(right) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("caption", "wrong"),
+    [
+        pytest.param(CAPTION, set(), id="right"),
+        pytest.param("three red squares left of three blue rings", {"first count"}, id="first-count"),
+        pytest.param("two red squares left of two blue rings", {"second count"}, id="second-count"),
+        pytest.param("two red squares right of three blue rings", {"relation"}, id="opposite-side"),
+        pytest.param("two red crosses left of three blue rings", {"shapes"}, id="first-shape"),
+        pytest.param("two red squares left of three blue squares", {"shapes"}, id="second-shape"),
+        pytest.param(
+            "two green squares left of three blue rings",
+            {"colours", "first count", "shapes", "relation", "nothing extra"},
+            id="colour-that-is-not-there",
+        ),
+    ],
+)
+def test_the_oracle_names_the_fact_that_is_wrong(caption, wrong):
+    facts = embedded.judge(picture(SCENE), caption)
+    assert {fact for fact, holds in facts.items() if not holds} == (wrong | {"all"} if wrong else set())
+
+
+def test_the_oracle_sees_an_extra_object():
+    image = np.array(picture(SCENE))
+    image[2:22, 2:22] = world.COLOURS["green"]
+    facts = embedded.judge(Image.fromarray(image), CAPTION)
+    assert not facts["nothing extra"] and not facts["all"] and facts["second count"]
+
+
+def test_merged_objects_are_not_two():
+    image = np.empty((128, 128, 3), np.uint8)
+    image[:] = world.BACKGROUND
+    image[30:50, 20:58] = world.COLOURS["red"]  # two squares grown together
+    image[90:110, 90:110] = world.COLOURS["blue"]
+    facts = embedded.judge(Image.fromarray(image), "two red squares above one blue square")
+    assert not facts["first count"] and not facts["shapes"] and facts["second count"] and facts["relation"]
+
+
+def test_the_oracle_takes_tensors_and_refuses_the_rest():
+    image = picture(SCENE)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    assert embedded.judge(tensor, CAPTION) == embedded.judge(tensor[None] * 1.0, CAPTION)
+    assert embedded.judge(tensor, CAPTION) == embedded.judge(image, CAPTION)
+    for bad in (tensor[None].expand(2, -1, -1, -1), tensor[:2], "picture.png", np.array(image)):
+        with pytest.raises(ValueError, match="judge takes"):
+            embedded.judge(bad, CAPTION)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def _toy(monkeypatch, steps: int = 12):
+    """A linear fit through the real loop, and a record of the losses it saw."""
+    monkeypatch.setitem(train.STAGES, "toy", train.Settings(steps=steps, batch=4, lr=0.05, seed=5, ema=0.9, warmup=2))
+
+    monkeypatch.setattr(train, "LOG_STEPS", 2)
+
+    def fit(run, stop_after: int | None = None):
+        torch.manual_seed(0)
+        module, seen = torch.nn.Linear(3, 1), []
+
+        def loss_of(step):
+            if stop_after is not None and len(seen) == stop_after:
+                raise KeyboardInterrupt
+            x = torch.randn(4, 3, generator=train._torch_rng(5, step))
+            loss = (module(x).float() - x.sum(1, keepdim=True)).square().mean()
+            seen.append(loss.item())
+            return loss, {}
+
+        return train.fit("toy", module, loss_of, run), seen
+
+    return fit
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    fit = _toy(monkeypatch)
+    (tmp_path / "whole").mkdir()
+    whole, losses = fit(tmp_path / "whole")
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)  # a checkpoint after every two steps
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", stop_after=5)
+    resumed, rest = fit(tmp_path / "parts")
+    assert rest == losses[4:]
+    assert (tmp_path / "parts/toy.jsonl").read_text() == (tmp_path / "whole/toy.jsonl").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert losses[-1] < losses[0]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
+    _toy(monkeypatch, steps=2)(tmp_path)
+    with pytest.raises(ValueError, match="was trained with"):
+        _toy(monkeypatch, steps=4)(tmp_path)
+
+
+def test_a_training_batch_equals_the_pipeline_s_own_forward():
+    """`Model.forward` trains many captions at once; the pipeline's model_fn must compute the same for each."""
+    torch.manual_seed(1)
+    model = train.Model().eval()  # mends torchvision, which the next line needs
+    from diffsynth.pipelines.z_image import model_fn_z_image
+
+    for parameter in model.parameters():
+        if not parameter.any():  # zero at the start of a training: would hide everything before it
+            torch.nn.init.normal_(parameter, std=0.1)
+    tokens = models.build_tokenizer()([CAPTION, ""], padding="max_length", return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    latents, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        batch = model(latents, sigma, ids, mask)
+        for i in range(2):
+            features = model.text_encoder(ids[i : i + 1], mask[i : i + 1]).hidden_states[-2][0][mask[i].bool()]
+            one = model_fn_z_image(
+                model.dit,
+                latents=latents[i : i + 1],
+                timestep=1000 * sigma[i : i + 1],
+                prompt_embeds=[features],
+            )
+            torch.testing.assert_close(batch[i : i + 1], one, atol=1e-5, rtol=0)
+
+
+def test_hard_negatives_differ_in_one_fact():
+    rng = np.random.default_rng(0)
+    for scene in itertools.islice(itertools.cycle(world.all_scenes()[::97]), 300):
+        changed = train._change_one_fact(scene, rng)
+        fields = [scene.relation != changed.relation]
+        for a, b in ((scene.first, changed.first), (scene.second, changed.second)):
+            fields += [a.count != b.count, a.colour != b.colour, a.shape != b.shape]
+        assert sum(fields) == 1 and changed.first.colour != changed.second.colour
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return embedded.load_pipeline()
+
+
+@pytest.mark.skipif(not (embedded.WEIGHTS / "training.json").exists(), reason="the weights are still in training")
+def test_the_weights_are_small_and_fp16_and_their_settings_are_those_of_the_script():
+    from safetensors.torch import load_file
+
+    files = [path for path in embedded.WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            assert all(
+                t.dtype in (torch.float16, torch.int64) and t.float().isfinite().all() for t in load_file(path).values()
+            )
+    recorded = json.loads((embedded.WEIGHTS / "training.json").read_text())
+    assert recorded == {name: train.asdict(settings) for name, settings in train.STAGES.items()}
+
+
+@pytest.mark.parametrize(("size", "count"), [(128, 128), (256, 48)])
+def test_the_autoencoder_keeps_what_the_oracle_reads(pipe, size, count):
+    scenes = embedded.captions()[:count]
+    right = []
+    for seed, caption in enumerate(scenes):
+        image = torch.from_numpy(np.array(picture(world.parse(caption), size, seed))).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            right.append(embedded.judge(pipe.vae_decoder(pipe.vae_encoder(image / 127.5 - 1)), caption)["all"])
+    assert np.mean(right) >= 0.98
+
+
+def test_the_pipeline_draws_a_trained_size_unless_told_otherwise(pipe):
+    from diffsynth.pipelines.z_image import ZImagePipeline
+
+    assert isinstance(pipe, ZImagePipeline)
+    silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
+    assert pipe(CAPTION, **silent).size == (128, 128)
+    assert pipe(CAPTION, height=96, width=160, **silent).size == (160, 96)
+
+
+def test_words_it_never_saw_are_warned_of(pipe, recwarn):
+    silent = {"num_inference_steps": 1, "progress_bar_cmd": lambda steps: steps, "seed": 0}
+    with pytest.warns(UserWarning, match="reads nothing in 'a', 'cat'"):
+        pipe("a red cat", **silent)
+    recwarn.clear()
+    pipe(CAPTION, **silent)
+    assert not [w for w in recwarn if "reads nothing" in str(w.message)]
+
+
+def test_guidance_and_an_empty_prompt_work(pipe):
+    silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
+    plain, guided = pipe(CAPTION, **silent), pipe(CAPTION, cfg_scale=2.0, **silent)
+    assert np.abs(np.array(plain, int) - np.array(guided, int)).max() > 10
+
+
+@pytest.mark.parametrize("heldout", [False, True])
+def test_the_rewards_prefer_the_right_caption(heldout):
+    reward = embedded.load_reward(heldout=heldout)
+    rng, right = np.random.default_rng(0), []
+    for seed, caption in enumerate(embedded.captions()[:60]):
+        scene = world.parse(caption)
+        image = torch.from_numpy(np.array(picture(scene, 128, seed))).permute(2, 0, 1)[None] / 127.5 - 1
+        true, false = (reward(image, str(s)).item() for s in (scene, train._change_one_fact(scene, rng)))
+        right.append(true > false)
+    assert np.mean(right) >= 0.9
+
+
+def test_the_two_rewards_are_two():
+    image = torch.from_numpy(np.array(picture(SCENE))).permute(2, 0, 1)[None] / 127.5 - 1
+    one, other = (embedded.load_reward(heldout=h)(image, CAPTION).item() for h in (False, True))
+    assert one != other
