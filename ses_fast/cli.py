@@ -185,7 +185,7 @@ def _z_image_turbo() -> Any:
 
         mend_torchvision()
         from diffsynth.pipelines.z_image import ModelConfig, ZImagePipeline
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise missing_extra("diffsynth", "diffsynth") from error
 
     patterns = (
@@ -233,6 +233,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:  # "(default: None)" would say nothing
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
         try:
@@ -254,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="turn a prompt into an image, with and without search",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     add, at_least_one = generate.add_argument, _at_least(1)
     add("prompt", help="what to draw")
@@ -263,15 +268,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--preview-steps",
         type=at_least_one,
-        help="denoising steps of the scored previews (None: those of --steps)",
+        help="denoising steps of the scored previews (default: those of --steps)",
     )
     add("--seed", type=_at_least(0), default=0, help="seed of the noise and of the search")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and result.json")
     add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
-    add("--reward", help="embedded, clip, pick, ... (None: embedded for the embedded model, else pick)")
-    add("--reward-weights", help="local folder or Hub id of the reward's weights (None: the published ones)")
-    add("--height", type=at_least_one, help="pixels (None: the model's own)")
-    add("--width", type=at_least_one, help="pixels (None: the model's own)")
+    add("--reward", help="embedded, clip, pick, ... (default: embedded for the embedded model, else pick)")
+    add("--reward-weights", help="local folder or Hub id of the reward's weights (default: the published ones)")
+    add("--height", type=at_least_one, help="pixels (default: the model's own)")
+    add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--popsize", type=at_least_one, default=10, help="candidates of a generation")
     add("--elites", type=at_least_one, default=5, help="best candidates that make the next distribution")
     add("--wavelet", default="db1", help="any wavelet of PyWavelets")

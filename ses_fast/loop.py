@@ -184,9 +184,11 @@ def _continued(
     if not isinstance(state, SearchState):
         raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
     check_base(base_latents)
-    was, now = (f"{c}, include_base={b}" for c, b in ((state.config, state.include_base), (config, include_base)))
-    if was != now:
-        raise ValueError(f"the state is of another search: it was started with {was}, this call has {now}")
+    if (state.config, state.include_base) != (config, bool(include_base)):
+        raise ValueError(
+            f"the state is of another search: it was started with {state.config}, include_base={state.include_base}; "
+            f"this call has {config}, include_base={include_base}"
+        )
     if generator is not None or seed not in (None, state.seed):
         raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
     state = state.to(base_latents.device)

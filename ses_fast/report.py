@@ -12,7 +12,7 @@ from .errors import missing_extra
 
 try:
     from matplotlib.figure import Figure  # draws with Agg: no window, no pyplot
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise missing_extra("matplotlib", "plots") from error
 
 

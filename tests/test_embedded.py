@@ -170,8 +170,17 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
     _toy(monkeypatch, steps=2)(tmp_path)
-    with pytest.raises(ValueError, match="was trained with"):
+    with pytest.raises(ValueError, match="was made with"):
         _toy(monkeypatch, steps=4)(tmp_path)
+
+
+def test_data_of_other_inputs_is_refused(tmp_path):
+    note = tmp_path / "latents128.json"
+    assert not train._is_kept(note, {"seed": 3})
+    note.write_text('{"seed": 3}')
+    assert train._is_kept(note, {"seed": 3})
+    with pytest.raises(ValueError, match="latents128.json was made with"):
+        train._is_kept(note, {"seed": 4})
 
 
 def test_a_training_batch_equals_the_pipeline_s_own_forward():

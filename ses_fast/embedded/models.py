@@ -118,7 +118,7 @@ def build_tokenizer():
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise missing_extra("transformers", "embedded") from error
     ids = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *world.vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -142,7 +142,7 @@ def build_dit() -> nn.Module:
     mend_torchvision()
     try:
         from diffsynth.models.z_image_dit import ZImageDiT
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise missing_extra("diffsynth", "embedded") from error
     dit = ZImageDiT(
         dim=160,
@@ -173,7 +173,7 @@ def build_clip() -> nn.Module:
     mend_torchvision()
     try:
         from transformers import CLIPConfig, CLIPModel
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise missing_extra("transformers", "embedded") from error
     shared = {"hidden_size": 128, "num_attention_heads": 4}
     text = {

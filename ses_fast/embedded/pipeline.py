@@ -15,7 +15,7 @@ mend_torchvision()
 try:
     from diffsynth.pipelines.z_image import ZImagePipeline
     from safetensors.torch import load_file
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise missing_extra("diffsynth", "embedded") from error
 
 from . import models, world  # noqa: E402  (after the mend)

@@ -148,10 +148,7 @@ def _load_checkpoint(path: Path, settings: Settings, module: nn.Module, average:
         return 0
     with safe_open(path, "pt") as file:
         about = file.metadata()
-    if json.loads(about["settings"]) != asdict(settings):
-        raise ValueError(
-            f"{path} was trained with {about['settings']}, not {settings}: remove it or name another --run"
-        )
+    _check_same(path, json.loads(about["settings"]), asdict(settings))
     tensors = load_file(path)
     module.load_state_dict(_under(tensors, "module"))
     for key, value in _under(tensors, "average").items():
@@ -163,6 +160,18 @@ def _load_checkpoint(path: Path, settings: Settings, module: nn.Module, average:
             state.setdefault(int(index), {})[field] = value
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return int(about["step"])
+
+
+def _check_same(path: Path, was: dict, now: dict) -> None:
+    if was != now:
+        raise ValueError(f"{path} was made with {was}, not {now}: remove it or name another --run")
+
+
+def _is_kept(note: Path, inputs: dict) -> bool:
+    """Whether data was made from `inputs` already; `note` is written when it is whole. ValueError for other inputs."""
+    if note.exists():
+        _check_same(note, json.loads(note.read_text()), inputs)
+    return note.exists()
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -242,11 +251,13 @@ def encode_scenes(
     data = {}
     for size, count in MODEL_SIZES.items():
         latents_path, scenes_path = run / f"latents{size}.npy", run / f"scenes{size}.npy"
-        if not scenes_path.exists():
+        note, seed = run / f"latents{size}.json", STAGES["model"].seed
+        inputs = {"autoencoder": asdict(STAGES["autoencoder"]), "seed": seed, "scenes": count}
+        if not _is_kept(note, inputs):
             side = size // models.DOWNSCALE
             shape = (count, models.LATENT_CHANNELS, side, side)
             latents = np.lib.format.open_memmap(latents_path, "w+", np.float16, shape)
-            rng = _rng(STAGES["model"].seed, size)
+            rng = _rng(seed, size)
             index = rng.integers(0, len(scenes), count)
             for start in tqdm(range(0, count, 64), desc=f"latents {size}", mininterval=5):
                 chosen = index[start : start + 64]
@@ -257,6 +268,7 @@ def encode_scenes(
                 latents[start : start + 64] = encoded.float().cpu().numpy()
             latents.flush()
             np.save(scenes_path, index)
+            note.write_text(json.dumps(inputs))
         data[size] = (np.load(latents_path, mmap_mode="r"), np.load(scenes_path))
     return data
 
@@ -273,8 +285,14 @@ class Model(nn.Module):
         super().__init__()
         self.text_encoder, self.dit = models.TextEncoder(), models.build_dit()
 
-    def forward(self, latents: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The velocity noise - image for latents [B, 16, h, w] at sigma [B], given captions ids, mask [B, 32].
+    def forward(
+        self,
+        latents: Tensor,  # [B, 16, h, w]
+        sigma: Tensor,  # [B], 1 is noise
+        ids: Tensor,  # [B, 32], the captions' tokens
+        mask: Tensor,  # [B, 32], 1 where a token is
+    ) -> Tensor:  # [B, 16, h, w]
+        """The velocity, noise - image.
 
         What `ZImagePipeline` computes for one image, for a batch of images each with its own caption (its own
         forward takes a batch for the frames of one sequence). h and w are such that no image token is padding.
@@ -428,7 +446,8 @@ def _small_pictures(run: Path, name: str, seed: int) -> tuple[np.ndarray, np.nda
     from PIL import Image
 
     pictures_path, index_path = run / f"{name}_pictures.npy", run / f"{name}_scenes.npy"
-    if not index_path.exists():
+    note, inputs = run / f"{name}_pictures.json", {"seed": seed, "scenes": REWARD_SCENES}
+    if not _is_kept(note, inputs):
         scenes, _ = world.split_scenes()
         rng = _rng(seed, -1 % 2**32)
         index = rng.integers(0, len(scenes), REWARD_SCENES)
@@ -438,6 +457,7 @@ def _small_pictures(run: Path, name: str, seed: int) -> tuple[np.ndarray, np.nda
             pictures[row] = np.asarray(drawn.resize((64, 64), Image.Resampling.BICUBIC))
         pictures.flush()
         np.save(index_path, index)
+        note.write_text(json.dumps(inputs))
     return np.load(pictures_path, mmap_mode="r"), np.load(index_path)
 
 

@@ -182,7 +182,7 @@ def see(image: np.ndarray) -> list[Sighting]:  # image: [H, W, 3] uint8
     """Every object in `image`: nearest palette colour, then connected components, then hole and fill ratios."""
     try:
         from scipy import ndimage
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise missing_extra("scipy", "embedded") from error
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float32)
     distance = np.square(image.astype(np.float32)[:, :, None] - palette).sum(-1)  # [H, W, 7]
