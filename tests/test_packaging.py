@@ -155,7 +155,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in sizes if ".dist-info/" not in name}
     assert sum(size for name, size in sizes.items() if "/weights/" in name) <= 25e6
     weights = [path for path in (ROOT / "ses_fast" / "embedded" / "weights").rglob("*") if path.is_file()]
-    expected = {str(path.relative_to(ROOT)) for path in [*sources(), *weights]} | {"ses_fast/py.typed"}
+    expected = {str(path.relative_to(ROOT)) for path in [*sources(), *weights]}
+    expected |= {"ses_fast/py.typed", "ses_fast/embedded/README.md"}
     assert names == {f"ses_fast/{name}" if name.startswith("kernels/") else name for name in expected}
 
 
