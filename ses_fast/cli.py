@@ -62,6 +62,7 @@ def _generate(args: argparse.Namespace) -> Callable[[], None]:
         k_elites=args.elites,
         wavelet_name=args.wavelet,
         dwt_level=args.level,
+        batch_size=args.batch_size,
         on_preview=previews,
     )
     reward = _load_reward(args.reward, args.reward_weights)
@@ -278,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--height", type=at_least_one, help="pixels (default: the model's own)")
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--popsize", type=at_least_one, default=10, help="candidates of a generation")
+    add("--batch-size", type=at_least_one, default=1, help="previews denoised together")
     add("--elites", type=at_least_one, default=5, help="best candidates that make the next distribution")
     add("--wavelet", default="db1", help="any wavelet of PyWavelets")
     add("--level", type=_level, default="auto", help='level of the searched band, a number or "auto"')

@@ -116,10 +116,11 @@ def test_the_documented_call_is_made(toy, tmp_path):
 
 
 def test_search_options_reach_the_search(toy, tmp_path):
-    options = ("--popsize", 4, "--elites", 2, "--wavelet", "db2", "--level", 2, "--budget", 6)
+    options = ("--popsize", 4, "--elites", 2, "--wavelet", "db2", "--level", 2, "--budget", 6, "--batch-size", 3)
     generate(*options, "--out", tmp_path)
     config = toy.calls[1]["ses_config"]
     assert (config.popsize, config.k_elites, config.wavelet_name, config.dwt_level) == (4, 2, "db2", 2)
+    assert config.batch_size == 3
 
 
 def test_the_best_previews_at_each_budget(toy, tmp_path, monkeypatch):
