@@ -226,7 +226,6 @@ def pipe():
     return embedded.load_pipeline()
 
 
-@pytest.mark.skipif(not (embedded.WEIGHTS / "training.json").exists(), reason="the weights are still in training")
 def test_the_weights_are_small_and_fp16_and_their_settings_are_those_of_the_script():
     from safetensors.torch import load_file
 

@@ -34,7 +34,7 @@ def load_pipeline(device: torch.device | str = "cpu", torch_dtype: torch.dtype =
 
 
 def load_reward(heldout: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The CLIP reward to search with or, `heldout`, one trained on other scenes from another seed, to judge with."""
+    """The CLIP reward to search with or, `heldout`, one trained on other pictures from another seed, to judge with."""
     from ..rewards import load_reward as load
 
     return load("clip", WEIGHTS / ("heldout" if heldout else "reward"), device=device, dtype=dtype)
