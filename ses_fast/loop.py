@@ -127,36 +127,41 @@ def evolve(
         mark = now
 
     on_cpu = base_latents.device.type == "cpu"
-    known = state.evaluations  # an earlier call's, which warned of them
+    known = evaluations = state.evaluations  # `known`: an earlier call's, which warned of them
     warned = False
     candidates = batch = low = None
+    waiting: list[Tensor] = []  # scores that `state` has not been told; telling once a generation costs less
     stopped = "budget"
     bar = tqdm(total=budget, initial=known, desc="SES", unit="img", disable=not progress)
     lap("start")
     try:
-        while state.evaluations < budget:
+        while evaluations < budget:
             if candidates is None or low is None:
                 candidates, low = ask(state, backend=backend)
-            n = min(batch_size, popsize - state.index, budget - state.evaluations)
-            batch = candidates[state.index : state.index + n]
+            index = evaluations % popsize
+            n = min(batch_size, popsize - index, budget - evaluations)
+            batch = candidates[index : index + n]
             lap("ask")
             scores = objective_reward_fn(batch)
             lap("objective")
-            state = tell(state, low, _scores(scores, n))
+            waiting.append(_scores(scores, n, state))
+            evaluations += n
             bar.update(n)
+            if index + n == popsize or evaluations == budget or time_limit is not None:
+                state, waiting = tell(state, low, torch.cat(waiting)), []
             lap("tell")
-            if state.index == 0:
+            if index + n == popsize:
                 candidates = batch = None  # the next generation may have their memory
                 if on_cpu or progress:  # elsewhere a look at the scores waits for the device
-                    warned = warned or _warn_non_finite(state, known)
+                    warned = warned or _warn_non_finite(state, max(known, evaluations - popsize))
                 if progress:
-                    bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}")
+                    bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}", refresh=False)
                 if on_generation is not None:
                     on_generation(_result(state, low, "running", seconds, backend))
                 lap("other")
             if time_limit is not None:
                 _ = state.history  # the clock must see the device's work
-                if time.perf_counter() - begin >= time_limit and state.evaluations < budget:
+                if time.perf_counter() - begin >= time_limit and evaluations < budget:
                     stopped = "time_limit"
                     break
         warned = warned or _warn_non_finite(state, known)
@@ -166,7 +171,7 @@ def evolve(
         return result
     except BaseException as error:  # KeyboardInterrupt too
         lap("other")
-        _attach(error, state, low, seconds, backend)
+        _attach(error, state, low, waiting, seconds, backend)
         raise
     finally:
         bar.close()
@@ -197,20 +202,24 @@ def _continued(
     return state
 
 
-def _scores(value: Any, n: int) -> Tensor:
-    """What the objective returned for n candidates, [n]. A tensor stays on its device, not waited for."""
-    if isinstance(value, Real):
-        value = [value]
+def _scores(value: Any, n: int, state: SearchState) -> Tensor:
+    """What the objective returned for n candidates: [n] fp64 on the state's device, which is not waited for."""
+    scores = value
     if not isinstance(value, Tensor):
+        one = isinstance(value, float) or isinstance(value, Real)  # the second, an abstract class, is slow to ask
         try:
-            value = torch.tensor([float(v) for v in value], dtype=torch.float64)
+            numbers = [float(v) for v in ([value] if one else value)]
         except (TypeError, ValueError) as error:
             what = type(value).__name__
             raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
-    if value.is_complex() or not (value.shape == (n,) or value.numel() == n == 1):
-        got = f"{value.dtype} of shape {tuple(value.shape)}"
+        scores = torch.tensor(numbers, dtype=torch.float64, device=state.mean.device)
+    if scores.is_complex() or not (scores.shape == (n,) or scores.numel() == n == 1):
+        got = f"{scores.dtype} of shape {tuple(scores.shape)}"
         raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
-    return value.reshape(n)
+    if scores is not value:
+        return scores
+    # A copy: the objective may use its tensor again.
+    return scores.detach().reshape(n).to(state.mean.device, torch.float64, copy=True)
 
 
 def _result(
@@ -241,11 +250,14 @@ def _attach(
     error: BaseException,
     state: SearchState,
     low: Tensor | None,
+    waiting: list[Tensor],
     seconds: dict[str, float],
     backend: str | None,
 ) -> None:
     """Puts the result so far at error.ses_result. Where that fails too (a lost device), the error says so."""
     try:
+        if waiting and low is not None:
+            state = tell(state, low, torch.cat(waiting))
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend))
     except Exception as failed:

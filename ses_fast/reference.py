@@ -21,6 +21,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MASK32 = 0xFFFFFFFF
+FEW, AHEAD = 4096, 8  # up to so many numbers a generation, so many generations are drawn at once
 PIL_BITS = 22  # the fraction bits of Pillow's integer filter weights
 
 Seed = int | Tensor  # a Python int, or a 0-d int64 tensor on the device (a captured graph can then change it)
@@ -108,10 +109,9 @@ def merge_low_band(
     dtype None means the residual's. Raises ValueError where `low` is not [..., ceil(H / 2^level), ...].
     """
     check_level(level)
-    check_low_band(residual, low, tuple(_shrunk(n, level) for n in residual.shape[-2:]))
+    lead = check_low_band(residual, low, tuple(_shrunk(n, level) for n in residual.shape[-2:]))
     height, width = residual.shape[-2:]
     block = 1 << level
-    lead = torch.broadcast_shapes(residual.shape[:-2], low.shape[:-2])
     out = residual.new_empty((*lead, height, width), dtype=dtype or residual.dtype)
 
     residual, low = _wide(residual.detach()), _wide(low.detach()) * 2.0**-level
@@ -135,25 +135,36 @@ def merge_low_band(
 def philox4x32(
     key: tuple[Seed, Seed],  # two 32-bit words
     counter: tuple[Seed, Seed, Seed, Seed],  # four 32-bit words, broadcast against each other
-) -> tuple:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words.
 
-    Words are ints or int64 tensors in [0, 2^32). A product wraps around 2^64 in int64, its two halves are
-    exact.
+    Words are ints or int64 tensors in [0, 2^32), on one device. A round is
+
+        c0, c1, c2, c3 = high(c2 * M1) ^ c1 ^ k0, low(c2 * M1), high(c0 * M0) ^ c3 ^ k1, low(c0 * M0)
+
+    The two products are made at once, in two lanes. They wrap around 2^64 in int64; both halves are exact.
     """
-    k0, k1 = key
-    c0, c1, c2, c3 = counter
+    tensors = [word for word in (*key, *counter) if isinstance(word, Tensor)]
+    dimensions = max([0, *[word.dim() for word in tensors]])
+    lane = torch.arange(2, device=tensors[0].device if tensors else None).view(2, *[1] * dimensions)
+
+    def lanes(first: Seed, second: Seed) -> Tensor:
+        return first + (second - first) * lane  # by arithmetic: a captured graph takes no copies from the host
+
+    factors, steps, keys = lanes(0xD2511F53, 0xCD9E8D57), lanes(0x9E3779B9, 0xBB67AE85), lanes(*key)
+    even, odd = torch.broadcast_tensors(lanes(counter[0], counter[2]), lanes(counter[1], counter[3]))
     for _ in range(10):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (product1 >> 32) & MASK32 ^ c1 ^ k0, product1 & MASK32
-        c2, c3 = (product0 >> 32) & MASK32 ^ c3 ^ k1, product0 & MASK32
-        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
-    return c0, c1, c2, c3
+        products = (even * factors).flip(0)
+        # High bits that do not belong to a word stay in `odd` and `keys` until the mask takes them off.
+        even = (products >> 32).bitwise_xor_(odd).bitwise_xor_(keys).bitwise_and_(MASK32)
+        odd, keys = products, keys + steps
+    odd = odd & MASK32
+    return even[0], odd[0], even[1], odd[1]
 
 
 def philox_normal(
     seed: Seed,
-    generation: Seed,
+    generation: Seed,  # or [G, 1, 1]: several at once
     candidates: Tensor | Sequence[int],  # [P] the candidates' numbers
     size: int,
 ) -> Tensor:
@@ -161,16 +172,23 @@ def philox_normal(
 
     key = the seed's low and high 32 bits, counter = (coefficient // 4, candidate, generation, 0); the words
     w0..w3 give four coefficients by Box-Muller, u = (w + 0.5) / 2^32: r(u0) cos(2 pi u1), r(u0) sin(2 pi u1),
-    r(u2) cos(2 pi u3), r(u2) sin(2 pi u3) with r(u) = sqrt(-2 ln u), in fp64 and rounded once.
+    r(u2) cos(2 pi u3), r(u2) sin(2 pi u3) with r(u) = sqrt(-2 ln u), in fp64 and rounded once. Several
+    generations give [G, P, size].
     """
     rows = torch.as_tensor(candidates, dtype=torch.int64)[:, None]  # [P, 1]
     quads = torch.arange(-(-size // 4), device=rows.device)  # [Q]
-    words = philox4x32((seed & MASK32, (seed >> 32) & MASK32), (quads, rows, generation, 0))
-    u0, u1, u2, u3 = ((w.double() + 0.5) / 2**32 for w in words)  # each [P, Q]
-    r0, r2 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
-    a1, a3 = 2 * math.pi * u1, 2 * math.pi * u3
-    normals = torch.stack([r0 * a1.cos(), r0 * a1.sin(), r2 * a3.cos(), r2 * a3.sin()], dim=-1)  # [P, Q, 4]
-    return normals.flatten(1)[:, :size].float()
+    w0, w1, w2, w3 = philox4x32((seed & MASK32, (seed >> 32) & MASK32), (quads, rows, generation, 0))
+    u = (torch.stack([w0, w2, w1, w3]).double() + 0.5) / 2**32  # [4, ..., P, Q]
+    radius, angle = (-2 * u[:2].log()).sqrt(), 2 * math.pi * u[2:]  # [2, ..., P, Q]
+    normals = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)  # [2, ..., P, Q, 2]
+    return normals.movedim(0, -2).flatten(-3)[..., :size].float()
+
+
+@lru_cache(maxsize=16)
+def _normals_ahead(seed: int, block: int, first: int, popsize: int, size: int) -> Tensor:
+    """`philox_normal` of AHEAD generations on the CPU, [AHEAD, P, size]: where numbers are few, calls are the cost."""
+    generations = torch.arange(block * AHEAD, (block + 1) * AHEAD, device="cpu")[:, None, None]
+    return philox_normal(seed, generations, torch.arange(first, first + popsize, device="cpu"), size)
 
 
 def sample_population(
@@ -194,7 +212,11 @@ def sample_population(
     devices, and unless exactly one of seed and draws is given.
     """
     low_shape = check_population(residual, mean, std, level, popsize, seed, generation, first, draws)
-    if seed is not None:
+    few = popsize * mean.numel() <= FEW and mean.device.type == "cpu" and not torch.compiler.is_compiling()
+    if few and isinstance(seed, int) and isinstance(generation, int):
+        block, row = divmod(generation, AHEAD)
+        draws = _normals_ahead(seed, block, first, popsize, mean.numel())[row]
+    elif seed is not None:
         numbers = torch.arange(first, first + popsize, device=mean.device)
         draws = philox_normal(seed, generation, numbers, mean.numel())
     assert draws is not None  # check_population saw to it
@@ -407,11 +429,19 @@ def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, int]]:
     return shapes
 
 
-def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> None:
+def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading dimensions, broadcast; ValueError unless `low` [..., *expected] can be merged into `residual`."""
     if residual.dim() < 2 or not residual.is_floating_point() or not low.is_floating_point():
         raise ValueError(f"residual and low must be floating [..., H, W], got {residual.dtype} and {low.dtype}")
     if tuple(low.shape[-2:]) != expected:
         raise ValueError(f"at this level low of {tuple(residual.shape)} must end in {expected}, got {tuple(low.shape)}")
+    longest = max(residual.dim(), low.dim())
+    shapes = [(1,) * (longest - tensor.dim()) + tuple(tensor.shape[:-2]) for tensor in (residual, low)]
+    if any(m != n and m != 1 and n != 1 for m, n in zip(*shapes, strict=True)):
+        raise ValueError(
+            f"the leading dimensions of residual {tuple(residual.shape)} and low {tuple(low.shape)} must broadcast"
+        )
+    return tuple(n if m == 1 else m for m, n in zip(*shapes, strict=True))
 
 
 def check_residual(residual: Tensor) -> None:

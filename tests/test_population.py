@@ -60,7 +60,7 @@ def test_normals_by_hand():
     unsigned = seed % 2**64
     for d in range(11):
         w = philox4x32((unsigned % 2**32, unsigned >> 32), (d // 4, candidate, generation, 0))
-        u = [(word + 0.5) / 2**32 for word in w]
+        u = [(int(word) + 0.5) / 2**32 for word in w]
         radius, angle = (u[0], u[1]) if d % 4 < 2 else (u[2], u[3])
         turn = math.sin if d % 2 else math.cos
         want = math.sqrt(-2 * math.log(radius)) * turn(2 * math.pi * angle)

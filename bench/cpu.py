@@ -1,0 +1,146 @@
+"""The torch path on the CPU beside what it replaces: `python -m bench.cpu [--threads 2] [--out FILE.json]`.
+
+Three measures, each against its bar. The two sides take turns in one process; a ratio is that of their medians.
+
+population: `sample_population` with given draws, P=10, against ten calls of `pywt.waverec2`.
+search: a whole search of 50 evaluations with a trivial objective, `ses_fast.search` against `diffsynth`'s
+    `ses_search`, called alike: one latent at a time, a progress bar (written to nowhere); with a seed and a generator.
+resize: `resize_normalize` of one picture, PIL-exact, against tensor -> PIL -> CLIPImageProcessor; always one thread.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pywt
+import torch
+
+import ses_fast
+from bench.environment import environment
+from ses_fast import ops
+from ses_fast._torchvision import mend_torchvision
+
+LEVEL, POPSIZE, BUDGET = 4, 10, 50
+LATENTS = ((16, 128, 128), (16, 166, 166), (16, 167, 93), (128, 64, 64), (4, 64, 64))
+BARS = {"population": 5.0, "search with a seed": 4.0, "search with a generator": 4.0, "resize": 1.0}
+
+
+def in_turns(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
+    """The median milliseconds of each side; one round first is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, call in sides.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def population(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]:
+    base = torch.randn(1, *shape)
+    low, residual = ops.split_low_band(base, LEVEL, backend="torch")
+    mean, std = torch.zeros(low.numel()), torch.ones(low.numel())
+    draws = torch.randn(POPSIZE, low.numel())
+    _, *details = pywt.wavedec2(base[0].numpy(), "db1", level=LEVEL)
+    lows = draws.view(POPSIZE, *low.shape[1:]).numpy()
+
+    def ours() -> None:
+        ops.sample_population(residual, mean, std, LEVEL, popsize=POPSIZE, draws=draws, backend="torch")
+
+    def theirs() -> None:
+        for candidate in lows:
+            pywt.waverec2([candidate, *details], "db1")
+
+    return {"population": in_turns(rounds, ours=ours, theirs=theirs)}
+
+
+def search(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]:
+    from diffsynth.utils.ses import ses_search
+
+    base = torch.randn(1, *shape)
+    settings = {"total_eval_budget": BUDGET, "popsize": POPSIZE, "dwt_level": LEVEL}
+
+    scores = itertools.cycle(torch.rand(BUDGET).tolist())
+    seeds = itertools.count()  # a new one each time: noise once drawn may be kept
+
+    def objective(latents: torch.Tensor) -> float:
+        return next(scores)
+
+    sides = {
+        "with a seed": lambda: ses_fast.search(base, objective, seed=next(seeds), backend="torch", **settings),
+        "with a generator": lambda: ses_fast.search(
+            base, objective, generator=torch.Generator().manual_seed(0), backend="torch", **settings
+        ),
+        "theirs": lambda: ses_search(base, objective, **settings),
+    }
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        times = in_turns(rounds, **sides)
+    return {
+        f"search {name}": {"ours": times[name], "theirs": times["theirs"]}
+        for name in ("with a seed", "with a generator")
+    }
+
+
+def resize(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]:
+    from PIL import Image
+    from transformers import CLIPImageProcessor
+
+    image = torch.rand(1, *shape) * 2 - 1
+    processor = CLIPImageProcessor()
+
+    def theirs() -> None:
+        grey = ((image[0].permute(1, 2, 0) + 1) * 127.5).clip(0, 255).to(torch.uint8)
+        processor(images=Image.fromarray(grey.numpy()), return_tensors="pt")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {"resize": in_turns(rounds, ours=lambda: ops.resize_normalize(image, backend="torch"), theirs=theirs)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table."""
+    lines = ["| what | shape | ours, ms | theirs, ms | times | bar |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        lines.append(
+            f"| {row['what']} | {shape} | {row['ours']:.2f} | {row['theirs']:.2f} "
+            f"| {row['times']:.1f} | {row['bar']:.0f}{'' if row['times'] >= row['bar'] else ', missed'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    mend_torchvision()
+    rows = []
+    jobs = [(each, shape) for each in (population, search) for shape in LATENTS] + [(resize, (3, 1024, 1024))]
+    for measure, shape in jobs:
+        print(measure.__name__, shape, file=sys.stderr)
+        for what, times in measure(shape, arguments.rounds).items():
+            ratio = times["theirs"] / times["ours"]
+            rows.append({"what": what, "shape": shape, **times, "times": ratio, "bar": BARS[what]})
+    print(markdown(rows))
+    if arguments.out:
+        result = {"environment": environment(), "threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
