@@ -247,18 +247,36 @@ def resize_normalize(
     Raises ValueError for another rule, centre, shape, dtype or size.
     """
     check_images(images, rule, size, mean, std, centre)
-    height, width = images.shape[-2:]
+    call = _op if torch.compiler.is_compiling() else _resize_normalize
+    return call(images, rule, size, list(mean), list(std), dtype or images.dtype, centre)
+
+
+def _resize_normalize(
+    images: Tensor, rule: str, size: int, mean: list[float], std: list[float], dtype: torch.dtype, centre: str
+) -> Tensor:
+    n, _, height, width = images.shape
     if rule == "crop":
         rows, columns = crop_resizes(height, width, size, centre)
-        images = images[..., slice(*rows.window()), slice(*columns.window())]  # what the crop can see
-        x = _pil_resize(_quantised(images), columns)  # [n, 3, rows, size]
-        x = _pil_resize(x.mT, rows).mT / 255  # Pillow's order: across, rounded to 8 bits, then down
+        x = _quantised(images[..., slice(*rows.window()), slice(*columns.window())])  # what the crop can see
+        tall = x.shape[2]
+        x = _pil_resize(x.flatten(0, 2), columns)  # [size, n * 3 * tall]: Pillow goes across first,
+        x = _pil_resize(x.reshape(size * n * 3, tall), rows)  # [size, size * n * 3]: then down
+        x = x.reshape(size, size, n, 3).permute(2, 3, 0, 1).contiguous() / 255
     else:
         rows, columns = pad_resizes(height, width, size)
         x = F.interpolate(_quantised(images) / 255, (rows.target, columns.target), mode="bicubic", antialias=True)
         x = F.pad(x, (*columns.margins(), *rows.margins()))
     shift, spread = (x.new_tensor(values)[:, None, None] for values in (mean, std))
-    return ((x - shift) / spread).to(dtype or images.dtype)
+    return ((x - shift) / spread).to(dtype)
+
+
+# An operator to torch.compile: the filters are made from the pictures' size, by tensors that are read on the host.
+_op = torch.library.custom_op("ses_fast::plain_resize_normalize", _resize_normalize, mutates_args=())
+
+
+@_op.register_fake
+def _(images, rule, size, mean, std, dtype, centre):
+    return images.new_empty((len(images), 3, size, size), dtype=dtype)
 
 
 def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
@@ -329,34 +347,43 @@ def pil_weights(resize: Resize) -> tuple[list[int], Tensor]:
 
 @lru_cache(maxsize=64)
 def _pil_blocks(resize: Resize, device: torch.device) -> list[tuple[int, Tensor]]:
-    """The filter as dense blocks of 16 neighbouring outputs: [(first sample, [samples, outputs] fp64), ...].
+    """The filter in blocks of a few neighbouring outputs: [(first sample, limbs [3 * outputs, samples]), ...].
 
-    Dense over the whole row the filter is nearly all zeros; 16 outputs share most of their samples. fp64
-    holds the integer sums exactly, and neither autocast nor the TF32 and bf16 matmul modes touch it.
+    Dense over the whole row it would be nearly all zeros; neighbours share most of their samples. A weight is
+    limbs of 8 bits, limb0 + 2^8 limb1 + 2^16 limb2, none above 128: they, the samples and the sums are whole
+    numbers that fp32 holds exactly, and TF32 and bf16 the factors.
     """
     starts, weights = pil_weights(resize)
+    dtype = torch.float32 if weights.shape[1] < 440 else torch.float64  # that many samples: a sum below 2^24
     blocks = []
-    for i in range(0, resize.length, 16):
-        base, span = starts[i], weights[i : i + 16]
-        offsets = torch.tensor(starts[i : i + 16]) - base
-        block = torch.zeros(len(span), int(offsets[-1]) + span.shape[1], dtype=torch.float64)
-        block.scatter_(1, offsets[:, None] + torch.arange(span.shape[1]), span.double())
-        blocks.append((base - resize.window()[0], block.T.contiguous().to(device)))
+    for i in range(0, resize.length, 8):
+        base, span = starts[i], weights[i : i + 8]
+        offsets = torch.tensor(starts[i : i + 8]) - base
+        block = torch.zeros(len(span), int(offsets[-1]) + span.shape[1], dtype=torch.int64)
+        block.scatter_(1, offsets[:, None] + torch.arange(span.shape[1]), span)
+        middle = (block + 2**7) >> 8
+        upper = (middle + 2**7) >> 8
+        limbs = torch.cat([block - middle * 2**8, middle - upper * 2**8, upper])
+        blocks.append((base - resize.window()[0], limbs.to(device, dtype)))
     return blocks
 
 
 def _pil_resize(
-    x: Tensor,  # [..., samples of resize.window()], whole numbers 0 ... 255 in fp32
+    rows: Tensor,  # [rows, samples of resize.window()], whole numbers 0 ... 255 in fp32
     resize: Resize,
 ) -> Tensor:
-    """The last dimension resized, rounded and clipped as Pillow does after each pass: [..., length] fp32."""
+    """Resized, rounded and clipped as Pillow does after each pass, and turned: [length, rows] fp32."""
     if resize.source == resize.target:
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    blocks = _pil_blocks(resize, x.device)
-    sums = torch.cat([rows[:, at : at + len(w)].double() @ w for at, w in blocks], 1)  # [rows, length]
-    out = sums.add_(2 ** (PIL_BITS - 1)).div_(2**PIL_BITS).floor_().clamp_(0, 255).float()
-    return out.view(*x.shape[:-1], resize.length)
+        return rows.T
+    blocks = _pil_blocks(resize, rows.device)
+    samples = rows.to(blocks[0][1].dtype).T
+    with torch.autocast(rows.device.type, enabled=False):
+        products = [w @ samples[at : at + w.shape[1]] for at, w in blocks]
+    sums = torch.cat([product.view(3, len(product) // 3, len(rows)) for product in products], 1)  # [3, length, rows]
+    # (2^21 + sum0 + 2^8 sum1 + 2^16 sum2) >> 22, limb by limb: no number on the way is above 2^24.
+    out = sums[0].add_(2 ** (PIL_BITS - 1)).mul_(2**-8).floor_()
+    out = out.add_(sums[1]).mul_(2**-8).floor_()
+    return out.add_(sums[2]).mul_(2 ** (16 - PIL_BITS)).floor_().clamp_(0, 255).float()
 
 
 def _quantised(images: Tensor) -> Tensor:
