@@ -22,6 +22,8 @@ lint: $(READY)
 	$(RUN)/mypy ses_fast kernels
 
 bench: $(READY)
+	$(RUN)/python -m bench.ops
+	$(RUN)/python -m bench.cpu
 	$(RUN)/python -m bench.embedded
 
 $(READY): pyproject.toml setup.py constraints.txt

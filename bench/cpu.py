@@ -1,5 +1,7 @@
 """The torch path on the CPU beside what it replaces: `python -m bench.cpu [--threads 2] [--out FILE.json]`.
 
+Prints a table and writes bench/results/<device>-<date>-cpu.json.
+
 Three measures, each against its bar. The two sides take turns in one process; a ratio is that of their medians.
 
 population: `sample_population` with given draws, P=10, against ten calls of `pywt.waverec2`.
@@ -24,6 +26,7 @@ import torch
 
 import ses_fast
 from bench.environment import environment
+from bench.ops import result_path
 from ses_fast import ops
 from ses_fast._torchvision import mend_torchvision
 
@@ -136,10 +139,10 @@ def main() -> None:
             ratio = times["theirs"] / times["ours"]
             rows.append({"what": what, "shape": shape, **times, "times": ratio, "bar": BARS[what]})
     print(markdown(rows))
-    if arguments.out:
-        result = {"environment": environment(), "threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    result = {"environment": environment(), "threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
+    out = arguments.out or result_path(result["environment"], "-cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

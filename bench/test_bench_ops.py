@@ -1,7 +1,7 @@
 """Every op against what one would use instead, in the same run:
 
-    python -m pytest bench/test_bench_ops.py --benchmark-json bench/results/<device>-<date>.json
-    python -m bench.table bench/results/*.json
+    python -m bench.ops    # runs this file, writes bench/results/<device>-<date>.json and prints its table
+    python -m bench.table bench/results/<device>-<date>.json
 
 For each row, `extra_info` holds the bytes that have to move (each input read once, each output written once), and the
 floor: those bytes at the speed of a copy measured in this run. On a GPU it also holds the time in a CUDA graph over
@@ -100,7 +100,7 @@ def measure(benchmark, copy_speed):
         if CUDA and on_device:
             graph = graph_seconds(call, make, nbytes)
             info |= {"graph_us": graph * 1e6, "graph_GB/s": nbytes / graph / 1e9, "graph_floor": graph / floor}
-        benchmark.extra_info.update(info | {"copy_GB/s": copy_speed / 1e9, "environment": environment()})
+        benchmark.extra_info.update(info | {"copy_GB/s": copy_speed / 1e9, "environment": environment(DEVICE)})
 
     return run
 

@@ -119,7 +119,7 @@ class SearchState:
         return state
 
     @staticmethod
-    def load_state_dict(state: Mapping[str, Any]) -> "SearchState":
+    def load_state_dict(state: Mapping[str, Any], *, backend: str | None = None) -> "SearchState":
         """The state that `state_dict` wrote; continues bit for bit. Raises ValueError for any other dict."""
         settings = [f.name for f in fields(EvolutionConfig)]
         missing = {*settings, *_SAVED, "scores", "include_base", "seed"} - state.keys()
@@ -129,7 +129,7 @@ class SearchState:
                 f"missing {', '.join(sorted(missing)) or 'nothing'}"
             )
         config = EvolutionConfig(**{name: state[name] for name in settings})
-        base_low, residual = spectral.split(state["base"], config.wavelet_name, config.dwt_level)
+        base_low, residual = spectral.split(state["base"], config.wavelet_name, config.dwt_level, backend=backend)
         drawn = None
         if "generator_state" in state:
             drawn = Drawn(torch.Generator(), config.popsize, base_low.numel())
@@ -170,6 +170,7 @@ def start(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     include_base: bool = False,
+    backend: str | None = None,
 ) -> SearchState:
     """The state before the first generation: mean 0 and variance 1, whatever the base's own lowest band is.
 
@@ -192,7 +193,7 @@ def start(
             raise ValueError(f"seed must be below 2^63, got {seed}")
 
     base = base_latents.detach().clone()
-    base_low, residual = spectral.split(base, config.wavelet_name, config.dwt_level)
+    base_low, residual = spectral.split(base, config.wavelet_name, config.dwt_level, backend=backend)
     size, device = base_low.numel(), base.device
     return SearchState(
         config=config,
@@ -226,7 +227,6 @@ def ask(state: SearchState, *, backend: str | None = None) -> tuple[Tensor, Tens
         state.config.wavelet_name,
         state.config.dwt_level,
         popsize=state.config.popsize,
-        size=state.base.shape[-2:],
         seed=state.seed,
         generation=state.generation,
         draws=None if state.drawn is None else state.drawn(state.generation).to(state.base.device),
@@ -308,7 +308,7 @@ def leader(
         best = (ask(state, backend=backend)[1] if low is None else low)[number - told]
     config, dtype = state.config, state.base.dtype
     best = best.view(state.base_low.shape)
-    latents = spectral.merge(state.residual, best, config.wavelet_name, config.dwt_level, dtype=dtype)
+    latents = spectral.merge(state.residual, best, config.wavelet_name, config.dwt_level, dtype=dtype, backend=backend)
     return Leader(latents, number, scores[number])
 
 

@@ -114,7 +114,7 @@ def evolve(
     if time_limit is not None and not (isinstance(time_limit, Real) and time_limit > 0):
         raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
     if state is None:
-        state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base)
+        state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base, backend=backend)
     else:
         state = _continued(state, base_latents, config, seed, generator, include_base)
 

@@ -6,9 +6,9 @@ RuntimeError.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from . import reference
 from .reference import CLIP_MEAN, CLIP_STD, Seed
 
 BACKENDS = ("auto", "triton", "torch")
+F = TypeVar("F", bound=Callable)
 _backend = "auto"
 
 
@@ -87,36 +88,72 @@ def _known(name: str) -> str:
     return name
 
 
-def haar_dwt2(x: Tensor, level: int, *, backend: str | None = None) -> list:
+def _op(function: F) -> F:
+    """Gives an op the docstring of its namesake in `reference.py`, and what `backend=` adds."""
+    told = getattr(reference, function.__name__).__doc__
+    function.__doc__ = f"""{told.rstrip()}
+
+    backend: "auto", "triton" or "torch" for this call; None: what `set_backend` set. "triton" raises RuntimeError, and
+    says why, where the kernels cannot run.
+    """
+    return function
+
+
+@_op
+def haar_dwt2(
+    x: Tensor,  # [..., H, W]
+    level: int,
+    *,
+    backend: str | None = None,
+) -> list:
     return _module("haar", backend, x).haar_dwt2(x, level)
 
 
-def haar_idwt2(coeffs: Sequence, size: Sequence[int], *, backend: str | None = None) -> Tensor:
+@_op
+def haar_idwt2(
+    coeffs: Sequence,  # [cA, (cH, cV, cD), ...] as of `haar_dwt2`
+    size: Sequence[int],  # (H, W)
+    *,
+    backend: str | None = None,
+) -> Tensor:
     bands = [coeffs[0], *(band for triple in coeffs[1:] for band in triple)]
     return _module("haar", backend, *bands).haar_idwt2(coeffs, size)
 
 
-def split_low_band(x: Tensor, level: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+@_op
+def split_low_band(
+    x: Tensor,  # [..., H, W]
+    level: int,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     return _module("haar", backend, x).split_low_band(x, level)
 
 
+@_op
 def merge_low_band(
-    residual: Tensor, low: Tensor, level: int, *, dtype: torch.dtype | None = None, backend: str | None = None
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]; leading dimensions broadcast with the residual's
+    level: int,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     return _module("haar", backend, residual, low).merge_low_band(residual, low, level, dtype=dtype)
 
 
+@_op
 def sample_population(
-    residual: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    residual: Tensor,  # [1, ..., H, W] fp32 or fp64, from `split_low_band`
+    mean: Tensor,  # [D] fp32, D = the number of coefficients in the lowest band
+    std: Tensor,  # [D] fp32
     level: int,
     *,
     popsize: int,
     seed: Seed | None = None,
     generation: Seed = 0,
     first: int = 0,
-    draws: Tensor | None = None,
+    draws: Tensor | None = None,  # [popsize, D], in place of a seed
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -134,8 +171,9 @@ def sample_population(
     )
 
 
+@_op
 def resize_normalize(
-    images: Tensor,
+    images: Tensor,  # [n, 3, H, W] in [-1, 1], any floating dtype
     rule: str = "crop",
     *,
     size: int = 224,
@@ -148,7 +186,3 @@ def resize_normalize(
     return _module("preprocess", backend, images).resize_normalize(
         images, rule, size=size, mean=mean, std=std, dtype=dtype, centre=centre
     )
-
-
-for _op in (haar_dwt2, haar_idwt2, split_low_band, merge_low_band, sample_population, resize_normalize):
-    _op.__doc__ = getattr(reference, _op.__name__).__doc__

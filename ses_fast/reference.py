@@ -94,7 +94,7 @@ def split_low_band(
     for _ in range(level):
         p, q, r, s = _quads(low)
         low = (p + q + r + s) / 2
-    return low, merge_low_band(x, -low, level)
+    return low, _merged(x, -low, level, x.shape[:-2], x.dtype)
 
 
 def merge_low_band(
@@ -110,9 +110,13 @@ def merge_low_band(
     """
     check_level(level)
     lead = check_low_band(residual, low, tuple(_shrunk(n, level) for n in residual.shape[-2:]))
+    return _merged(residual, low, level, lead, dtype or residual.dtype)
+
+
+def _merged(residual: Tensor, low: Tensor, level: int, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     height, width = residual.shape[-2:]
     block = 1 << level
-    out = residual.new_empty((*lead, height, width), dtype=dtype or residual.dtype)
+    out = residual.new_empty((*lead, height, width), dtype=dtype)
 
     residual, low = _wide(residual.detach()), _wide(low.detach()) * 2.0**-level
     # Widen the small tensor first: the large additions then run along whole rows, whatever the width.
@@ -221,7 +225,8 @@ def sample_population(
         draws = philox_normal(seed, generation, numbers, mean.numel())
     assert draws is not None  # check_population saw to it
     low = mean + std * draws
-    return merge_low_band(residual, low.view(popsize, *low_shape), level, dtype=dtype), low
+    lead = (popsize, *low_shape[:-2])
+    return _merged(residual, low.view(popsize, *low_shape), level, lead, dtype or residual.dtype), low
 
 
 # ---------------------------------------------------------------- images for a reward
@@ -421,6 +426,7 @@ def _quads(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def check_level(level: int) -> None:
+    """ValueError unless `level` is an int, 0 or more."""
     if not isinstance(level, int) or isinstance(level, bool) or level < 0:
         raise ValueError(f"level must be an int, 0 or more, got {level!r}")
 
@@ -445,15 +451,19 @@ def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, int]]:
     """The bands' sizes at levels 0, 1, ...; ValueError unless `coeffs` are those of a transform of `size`."""
     height, width = size
     low, *details = coeffs
-    shapes = [(_shrunk(height, j), _shrunk(width, j)) for j in range(len(details) + 1)]  # finest first
+    sizes = [(_shrunk(height, j), _shrunk(width, j)) for j in range(len(details) + 1)]  # finest first
     bands = [low, *(band for triple in details for band in triple)]
-    expected = [shapes[-1]] + [shape for shape in reversed(shapes[1:]) for _ in range(3)]
-    if len(bands) != len(expected) or any(tuple(b.shape[-2:]) != e for b, e in zip(bands, expected, strict=True)):
+    lead = tuple(low.shape[:-2])
+    expected = [(*lead, *sizes[-1])] + [(*lead, *size) for size in reversed(sizes[1:]) for _ in range(3)]
+    shapes = [tuple(band.shape) for band in bands]
+    if shapes != expected or any(len(triple) != 3 for triple in details):
         raise ValueError(
-            f"the bands of a {height}x{width} transform at level {len(details)} are [cA, (cH, cV, cD), ...] "
-            f"of sizes {expected}, got {[tuple(b.shape[-2:]) for b in bands]}"
+            f"the bands of a {height}x{width} transform at level {len(details)} are [cA, (cH, cV, cD), ...], "
+            f"with cA's leading dimensions, of shapes {expected}, got {shapes}"
         )
-    return shapes
+    if not all(band.is_floating_point() for band in bands):
+        raise ValueError(f"the bands must be floating, got {[band.dtype for band in bands]}")
+    return sizes
 
 
 def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> tuple[int, ...]:
@@ -472,6 +482,7 @@ def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> 
 
 
 def check_residual(residual: Tensor) -> None:
+    """ValueError unless it is one latent [1, ..., H, W], not empty, in fp32 or fp64."""
     if residual.dim() < 3 or residual.shape[0] != 1 or residual.numel() == 0:
         raise ValueError(f"residual must be one latent (1, ..., H, W), got {tuple(residual.shape)}")
     if residual.dtype not in (torch.float32, torch.float64):
@@ -528,6 +539,7 @@ def _check_word(name: str, value: Seed | None, low: int, high: int, device: torc
 def check_images(
     images: Tensor, rule: str, size: int, mean: Sequence[float], std: Sequence[float], centre: str
 ) -> None:
+    """ValueError for what `resize_normalize` does not take."""
     if rule not in ("crop", "pad"):
         raise ValueError(f'rule must be "crop" or "pad", got {rule!r}')
     if centre not in ("floor", "round"):

@@ -3,12 +3,11 @@
     candidate = base - R(low) + R(low'),   R(c) = A_h c A_w^T
 
 A is built once a size, by sending unit vectors through PyWavelets' own 1-D transform, so it holds its edge
-rule too.
+rule too. `backend` is the ops'; the matrices are torch's, on any device.
 """
 
 import difflib
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +25,8 @@ def split(
     x: Tensor,  # [..., H, W]
     wavelet: str,
     level: int,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(low [..., h, w], residual [..., H, W]) in fp32 (fp64 for fp64); `merge(residual, low, ...)` is x.
 
@@ -33,7 +34,7 @@ def split(
     on, as PyWavelets does. Raises ValueError for an unknown wavelet, a level below 0, an empty or integer x.
     """
     if _is_haar(wavelet):
-        return ops.split_low_band(x, level)
+        return ops.split_low_band(x, level, backend=backend)
     check_latents(x, level, filter_length=_pywt().Wavelet(wavelet).dec_len)
     (down, _), (across, _) = (_matrices(wavelet.lower(), level, n, x.device) for n in x.shape[-2:])
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -48,13 +49,14 @@ def merge(
     level: int,
     *,
     dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The latent whose lowest band is `low` and whose rest is `residual`, in `dtype` (None: the residual's).
 
     Raises ValueError where `low` has not the size of that band.
     """
     if _is_haar(wavelet):
-        return ops.merge_low_band(residual, low, level, dtype=dtype)
+        return ops.merge_low_band(residual, low, level, dtype=dtype, backend=backend)
     (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
     check_low_band(residual, low, (down.shape[1], across.shape[1]))
     wide = torch.promote_types(residual.dtype, torch.float32)
@@ -69,7 +71,6 @@ def sample_population(
     level: int,
     *,
     popsize: int,
-    size: Sequence[int] | None = None,
     seed: Seed | None = None,
     generation: Seed = 0,
     first: int = 0,
@@ -79,11 +80,8 @@ def sample_population(
 ) -> tuple[Tensor, Tensor]:
     """`ops.sample_population` for any wavelet: (candidates [P, ..., H, W] in `dtype`, low [P, D]).
 
-    `size`, where given, is the latents' (H, W) and must be the residual's. The same seed gives the same noise
-    for every wavelet of an equal D. Errors: as `ops.sample_population`.
+    The same seed gives the same noise for every wavelet of an equal D. Errors: as `ops.sample_population`.
     """
-    if size is not None and tuple(size) != tuple(residual.shape[-2:]):
-        raise ValueError(f"size must be the residual's {tuple(residual.shape[-2:])}, got {tuple(size)}")
     noise: dict[str, Any] = dict(
         popsize=popsize, seed=seed, generation=generation, first=first, draws=draws, backend=backend
     )

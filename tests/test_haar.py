@@ -206,7 +206,7 @@ def test_public_ops_are_the_reference_and_a_backend(name):
     parameters = dict(inspect.signature(public).parameters)
     assert parameters.pop("backend").default is None
     assert parameters == dict(inspect.signature(plain).parameters)
-    assert public.__doc__ == plain.__doc__
+    assert public.__doc__.startswith(plain.__doc__.rstrip()) and "RuntimeError" in public.__doc__
 
 
 def test_backends(monkeypatch):
@@ -222,3 +222,23 @@ def test_backends(monkeypatch):
     with pytest.raises(ValueError, match="auto, triton, torch"):
         ops.set_backend("gpu")
     assert ops.get_backend() == "triton"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda cA, cH, cV, cD: [cA[0], (cH, cV, cD)], id="one-cA-for-two-latents"),
+        pytest.param(lambda cA, cH, cV, cD: [cA, (cH, cV[:1], cD)], id="one-detail-broadcasts"),
+        pytest.param(lambda cA, cH, cV, cD: [cA, (cH, cV, cD[..., :1])], id="a-narrow-detail"),
+        pytest.param(lambda cA, cH, cV, cD: [cA, (cH, cV)], id="a-detail-is-missing"),
+    ],
+)
+def test_bands_of_other_shapes(change):
+    cA, details = ops.haar_dwt2(latents((2, 4, 6), torch.float32), 1)
+    with pytest.raises(ValueError, match=r"4x6 transform at level 1 .* of shapes"):
+        ops.haar_idwt2(change(cA, *details), (4, 6))
+
+
+def test_leading_dimensions_that_do_not_broadcast():
+    with pytest.raises(ValueError, match="must broadcast"):
+        ops.merge_low_band(torch.zeros(3, 4, 4), torch.zeros(2, 2, 2), 1)

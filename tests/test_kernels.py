@@ -63,3 +63,16 @@ def test_torch_path_compiles_without_a_graph_break():
         for got, want in zip(compiled(x, seed, generation), search_step(x, seed, generation), strict=True):
             assert got.dtype == want.dtype
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_torch_resize_compiles_without_a_graph_break():
+    def prepare(images):
+        return ops.resize_normalize(images, size=16) * 2, ops.resize_normalize(
+            images, "pad", size=16, dtype=torch.bfloat16
+        )
+
+    compiled = torch.compile(prepare, fullgraph=True, backend="aot_eager")
+    for shape in [(1, 3, 30, 40), (2, 3, 50, 20)]:  # the second asks for a graph of any size
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        for got, want in zip(compiled(images), prepare(images), strict=True):
+            assert got.dtype == want.dtype and got.equal(want)

@@ -1,0 +1,59 @@
+"""Runs the op benches where it is: `python -m bench.ops [--out FILE.json] [arguments of pytest, such as -k haar]`.
+
+Writes bench/results/<device>-<date>.json and prints the table of it. Of pytest-benchmark's own JSON only the figures
+are kept, not the machine's name.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.environment import environment
+from bench.table import table
+
+RESULTS = Path(__file__).parent / "results"
+BENCHES = Path(__file__).parent / "test_bench_ops.py"
+
+
+def result_path(about: dict, suffix: str = "") -> Path:
+    """bench/results/<device>-<date><suffix>.json."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return RESULTS / f"{device}-{about['date']}{suffix}.json"
+
+
+def compact(recorded: dict) -> dict:
+    """pytest-benchmark's JSON as {environment, copy_GB/s, rows: [{row, ms, bytes, GB/s, floor, graph_* on a GPU}]}."""
+    rows = []
+    for benchmark in recorded["benchmarks"]:
+        row = benchmark["extra_info"]
+        about, copy_speed = row.pop("environment"), row.pop("copy_GB/s")
+        rows.append({"row": row.pop("row"), "ms": benchmark["stats"]["median"] * 1e3, **row})
+    return {"environment": about, "copy_GB/s": copy_speed, "rows": rows}
+
+
+def main() -> int:
+    """The command; pytest's exit status. A red bench writes nothing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    arguments, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = Path(folder, "recorded.json")
+        status = pytest.main(["-q", str(BENCHES), f"--benchmark-json={recorded}", *rest])
+        if status:
+            return int(status)
+        result = compact(json.loads(recorded.read_text()))
+    out = arguments.out or result_path(environment("cuda" if torch.cuda.is_available() else "cpu"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(f"\n{table(result)}\n\nwritten to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
