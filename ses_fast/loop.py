@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -24,6 +24,15 @@ class Evaluation:
     generation: int
     index: int
     score: float
+    members: dict[str, float] | None = None  # each one's raw score, where the objective weighs several rewards
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a reward that took no part in the search says of its previews."""
+
+    base: float
+    answer: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,7 @@ class SearchResult:
     seconds: dict[str, float]  # this call's, by STAGES and in "total"; a GPU's work counts where it is waited for
     stopped: str  # "budget", "time_limit", "error"; "running" in on_generation
     state: SearchState  # to save, or to continue from with evolve(..., state=)
+    held_out: dict[str, HeldOut] = field(default_factory=dict)  # a pipeline's, by SESConfig(report_rewards=)
 
 
 def search(
@@ -85,7 +95,9 @@ def evolve(
 
     objective_reward_fn: gets (n, ..., H, W) latents in the base's dtype and on its device, n <= batch_size,
         all of one generation, and returns n scores: a float for one, a tensor or a sequence. One that is not
-        finite counts as minus infinity, which is warned of once.
+        finite counts as minus infinity, which is warned of once. So is a first generation of equal scores.
+        Where it has whole_generations=True it gets a generation at once, whatever the batch_size; what it
+        has as `members` after a call, a dict of names to n raw scores, goes into the trace (WeightedReward).
     total_eval_budget: how many candidates to score, those of `state` included.
     seed: makes the noise a function of (seed, generation, candidate, coefficient), whatever the backend and
         the batch_size. None: drawn once from torch's global state, and reported.
@@ -118,6 +130,8 @@ def evolve(
     else:
         state = _continued(state, base_latents, config, seed, generator, include_base)
 
+    if getattr(objective_reward_fn, "whole_generations", False):
+        batch_size = popsize
     seconds = dict.fromkeys(STAGES, 0.0)
 
     def lap(stage: str) -> None:
@@ -128,7 +142,8 @@ def evolve(
 
     on_cpu = base_latents.device.type == "cpu"
     known = evaluations = state.evaluations  # `known`: an earlier call's, which warned of them
-    warned = False
+    raw: dict[int, dict[str, float]] = {}  # number -> each member's score
+    warned = flat_looked_for = False
     candidates = batch = low = None
     waiting: list[Tensor] = []  # scores that `state` has not been told; telling once a generation costs less
     stopped = "budget"
@@ -144,6 +159,10 @@ def evolve(
             lap("ask")
             scores = objective_reward_fn(batch)
             lap("objective")
+            members = getattr(objective_reward_fn, "members", None) or {}
+            if members:
+                each = ({name: float(one[i]) for name, one in members.items()} for i in range(n))
+                raw.update(enumerate(each, start=evaluations))
             waiting.append(_scores(scores, n, state))
             evaluations += n
             bar.update(n)
@@ -154,10 +173,11 @@ def evolve(
                 candidates = batch = None  # the next generation may have their memory
                 if on_cpu or progress:  # elsewhere a look at the scores waits for the device
                     warned = warned or _warn_non_finite(state, max(known, evaluations - popsize))
+                    flat_looked_for = flat_looked_for or _warn_flat(state, known)
                 if progress:
                     bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}", refresh=False)
                 if on_generation is not None:
-                    on_generation(_result(state, low, "running", seconds, backend))
+                    on_generation(_result(state, low, "running", seconds, backend, raw))
                 lap("other")
             if time_limit is not None:
                 _ = state.history  # the clock must see the device's work
@@ -165,13 +185,14 @@ def evolve(
                     stopped = "time_limit"
                     break
         warned = warned or _warn_non_finite(state, known)
-        result = _result(state, low, stopped, seconds, backend)
+        flat_looked_for = flat_looked_for or _warn_flat(state, known)
+        result = _result(state, low, stopped, seconds, backend, raw)
         if result.best is None:
             raise RuntimeError(f"none of the objective's {state.evaluations} scores is finite: no candidate is best")
         return result
     except BaseException as error:  # KeyboardInterrupt too
         lap("other")
-        _attach(error, state, low, waiting, seconds, backend)
+        _attach(error, state, low, waiting, seconds, backend, raw)
         raise
     finally:
         bar.close()
@@ -228,10 +249,11 @@ def _result(
     stopped: str,
     seconds: dict[str, float],
     backend: str | None,
+    raw: dict[int, dict[str, float]],
 ) -> SearchResult:
     """Waits for the device."""
     best = leader(state, low, backend=backend)
-    trace = [Evaluation(*divmod(i, state.config.popsize), score) for i, score in enumerate(state.history)]
+    trace = [Evaluation(*divmod(i, state.config.popsize), score, raw.get(i)) for i, score in enumerate(state.history)]
     return SearchResult(
         latents=None if best is None else best.latents,
         score=None if best is None else best.score,
@@ -253,13 +275,14 @@ def _attach(
     waiting: list[Tensor],
     seconds: dict[str, float],
     backend: str | None,
+    raw: dict[int, dict[str, float]],
 ) -> None:
     """Puts the result so far at error.ses_result. Where that fails too (a lost device), the error says so."""
     try:
         if waiting and low is not None:
             state = tell(state, low, torch.cat(waiting))
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
-        object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend))
+        object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend, raw))
     except Exception as failed:
         error.add_note(f"the result so far is lost: {failed!r}")
 
@@ -274,4 +297,16 @@ def _warn_non_finite(state: SearchState, known: int) -> bool:
         "as minus infinity and never enter the elites; this is reported once a search",
         stacklevel=3,
     )
+    return True
+
+
+def _warn_flat(state: SearchState, known: int) -> bool:
+    """Warns where the whole first generation, if it is this call's, has one finite score. True: looked at."""
+    first = state.history[: state.config.popsize]
+    if known < state.config.popsize and len(first) > 1 and len(set(first)) == 1 and first[0] != -torch.inf:
+        warnings.warn(
+            f"all {len(first)} candidates of the first generation have the same score, {first[0]:.6g}: the search "
+            "cannot work, it has nothing to choose by. Look at the reward",
+            stacklevel=3,
+        )
     return True
