@@ -11,9 +11,9 @@ import functools
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import ops
 from ..evolution import EvolutionConfig, SearchState, start, whole_number
-from ..loop import SearchResult, evolve
+from ..loop import HeldOut, SearchResult, evolve
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class SESConfig:
         in [-1, 1], the scores as the reward gave them, the first one's number within its generation.
     state: `pipe.ses_result.state`, or a saved one, to go on from in the same call; ses_eval_budget is then
         the total.
+    report_rewards: rewards that take no part in the search, by name (or a dict of names to loaded ones). Each
+        scores two previews, made again after the search: the base's and the answer's, into result.held_out.
+        An answer that its own reward likes and the others do not has been searched too hard.
     """
 
     popsize: int = 10
@@ -58,6 +61,7 @@ class SESConfig:
     on_preview: Callable[[Tensor, Any, int, int], Any] | None = None
     state: SearchState | None = None
     backend: str | None = None
+    report_rewards: Sequence[str] | Mapping[str, Callable[[Tensor, str], Any]] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.dwt_level, str) and self.dwt_level != "auto":
@@ -79,6 +83,16 @@ class SESConfig:
             raise ValueError(f"state must be a SearchState, as result.state, got {type(self.state).__name__}")
         if self.state is not None:
             _check_state(self, self.state)
+        names = self.report_rewards
+        if isinstance(names, Mapping):
+            if not all(isinstance(name, str) and callable(reward) for name, reward in names.items()):
+                raise ValueError(f"report_rewards must be names, or a dict of names to rewards; got {names!r}")
+        elif isinstance(names, str) or not isinstance(names, Sequence):
+            raise ValueError(f'report_rewards must be a list of names, as ["hps"], or a dict; got {names!r}')
+        elif names:
+            from ..rewards import check_names
+
+            check_names(*names)
         if self.backend is not None and self.backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {self.backend!r}")
 
@@ -118,6 +132,7 @@ class Request:
     budget: int
     steps: int
     seed: int | None  # of the search
+    held_out: dict[str, Callable[[Tensor, str], Any]] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)  # what the call gave scheduler.set_timesteps
     begin: float = 0.0
     found: float = 0.0  # when the search had ended
@@ -141,15 +156,15 @@ class SESPipeline:
     ) -> Any:
         """The stock call; with enable_ses=True, from a noise that Spectral Evolution Search found.
 
-        ses_reward_model: a name for `load_reward`, a loaded reward, or any callable that takes images
-            (n, 3, H, W) in [-1, 1] and the prompt, and returns n scores, higher for better.
+        ses_reward_model: a name or a dict of weights for `load_reward`, a loaded reward, or any callable that
+            takes images (n, 3, H, W) in [-1, 1] and the prompt, and returns n scores, higher for better.
         ses_eval_budget: how many previews are made and scored.
         ses_inference_steps: the steps of a preview. With num_inference_steps of them the final image is the
             best preview itself; more are a waste, which is warned of.
         ses_config: everything else. Without enable_ses=True these four do nothing.
 
         Afterwards `pipe.ses_result` is the SearchResult, with seconds for prompt, ask, denoise, decode,
-        reward, tell and final. An exception leaves as it came; `pipe.ses_result` is then what was found
+        reward, tell and final (and held_out). An exception leaves as it came; `pipe.ses_result` is then what was found
         before it. Raises ValueError for bad input before any work.
         """
         if not isinstance(enable_ses, bool):
@@ -166,9 +181,10 @@ class SESPipeline:
         config = SESConfig() if ses_config is None else ses_config
         if not isinstance(config, SESConfig):
             raise ValueError(f"ses_config must be a ses_fast.SESConfig, got {config!r}")
-        if not isinstance(ses_reward_model, str) and not callable(ses_reward_model):
+        if not isinstance(ses_reward_model, str | Mapping) and not callable(ses_reward_model):
             raise ValueError(
-                f"ses_reward_model must be the name of a reward or a callable(images, prompt), got {ses_reward_model!r}"
+                "ses_reward_model must be the name of a reward, a dict of names to weights or a "
+                f"callable(images, prompt), got {ses_reward_model!r}"
             )
         budget = whole_number("ses_eval_budget", ses_eval_budget, 1)
         steps = whole_number("ses_inference_steps", ses_inference_steps, 1)
@@ -177,10 +193,12 @@ class SESPipeline:
         unit = next((unit for unit in self.units if isinstance(unit, SESUnit)), None)
         if unit is None:
             raise ValueError("pipe.units has lost the unit that searches: call ses_fast.enable(pipe) again")
-        if isinstance(ses_reward_model, str):
+        if isinstance(ses_reward_model, str | Mapping):
             from ..rewards import load_reward
 
             ses_reward_model = load_reward(ses_reward_model, device=self.device)
+        if getattr(ses_reward_model, "whole_generations", False):
+            _start_weighing(ses_reward_model, config, budget)
 
         if "seed" in bound.arguments:
             bound.arguments["seed"] = seed
@@ -188,6 +206,7 @@ class SESPipeline:
         else:
             kwargs["seed"] = seed
         request = Request(config, ses_reward_model, budget, steps, search_seed, begin=_clock(self.device))
+        request.held_out = _held_out(config.report_rewards, self.device)
         self.ses_result = None
         try:
             with unit.asked(request), _noted(self.scheduler, request.schedule):
@@ -292,6 +311,7 @@ class Previews:
         self.scheduler = copy.copy(pipe.scheduler)
         self.scheduler.set_timesteps(**request.schedule | {"num_inference_steps": request.steps})
 
+        self.whole_generations = getattr(request.reward, "whole_generations", False)  # `evolve` looks for it
         self.batch_size = request.config.batch_size
         self.model_fn = unit.batched_model_fn(pipe, shared) if self.batch_size > 1 else None
         self.together = 1 if self.model_fn is None else self.batch_size
@@ -301,19 +321,18 @@ class Previews:
                 stacklevel=2,
             )
 
+    @property
+    def members(self) -> Any:
+        """The raw scores behind the last ones, where the reward weighs several; `evolve` looks for it."""
+        return getattr(self.request.reward, "members", None)
+
     def __call__(
         self,
         noises: Tensor,  # [n, C, h, w]
     ) -> Any:
         """n scores, as the reward gave them."""
-        pipe, lap = self.pipe, _Laps(self.seconds, self.pipe.device)
-        pipe.load_models_to_device(pipe.in_iteration_models)
-        latents = torch.cat([self.denoise(part) for part in noises.split(self.together)])
-        lap("denoise")
-        pipe.load_models_to_device([self.unit.decoder])
-        parts = [self.unit.decode(pipe, part, self.shared) for part in latents.split(self.batch_size)]
-        images = torch.cat(parts).clamp(-1, 1)  # [n, 3, H, W]: a decoder leaves the range
-        lap("decode")
+        lap = _Laps(self.seconds, self.pipe.device)
+        images = self.images(noises, lap)
         scores = self.request.reward(images, self.posi["prompt"])
         lap("reward")
         config = self.request.config
@@ -321,6 +340,34 @@ class Previews:
             config.on_preview(images, scores, *divmod(self.done, config.popsize))
         self.done += len(noises)
         return scores
+
+    def images(
+        self,
+        noises: Tensor,  # [n, C, h, w]
+        lap: Callable[[str], None],
+    ) -> Tensor:  # [n, 3, H, W]
+        pipe = self.pipe
+        pipe.load_models_to_device(pipe.in_iteration_models)
+        latents = torch.cat([self.denoise(part) for part in noises.split(self.together)])
+        lap("denoise")
+        pipe.load_models_to_device([self.unit.decoder])
+        parts = [self.unit.decode(pipe, part, self.shared) for part in latents.split(self.batch_size)]
+        images = torch.cat(parts).clamp(-1, 1)  # a decoder leaves the range
+        lap("decode")
+        return images
+
+    def held_out(
+        self,
+        base: Tensor,  # [1, C, h, w]
+        answer: Tensor,  # [1, C, h, w]
+    ) -> dict[str, HeldOut]:
+        """What each reward of the request that took no part in the search says of both."""
+        images = self.images(torch.cat([base, answer]), lambda stage: None)
+        scores = {
+            name: [float(score) for score in reward(images, self.posi["prompt"])]
+            for name, reward in self.request.held_out.items()
+        }
+        return {name: HeldOut(*two) for name, two in scores.items()}
 
     def denoise(
         self,
@@ -394,6 +441,28 @@ def _check_lora(pipe: Any, given: dict[str, Any]) -> None:
             )
 
 
+def _start_weighing(reward: Any, config: SESConfig, budget: int) -> None:
+    """Raises ValueError where weighed rewards have no first generation to be standardised by."""
+    if config.state is None:
+        reward.restart()
+        if min(config.popsize, budget) < 2:
+            raise ValueError("rewards are weighed by the first generation: popsize and ses_eval_budget from 2 on")
+    elif reward.scale is None:
+        raise ValueError(
+            "weighed rewards go on with the scale of the first generation: give ses_reward_model= the same loaded "
+            "reward, or a loaded one with its reward.scale set to the first one's"
+        )
+
+
+def _held_out(rewards: Any, device: Any) -> dict[str, Callable[[Tensor, str], Any]]:
+    """`SESConfig.report_rewards`, loaded."""
+    if isinstance(rewards, Mapping):
+        return dict(rewards)
+    from ..rewards import load_reward
+
+    return {name: load_reward(name, device=device) for name in rewards}
+
+
 def _seeds(seed: int | None, config: SESConfig) -> tuple[int | None, int | None]:
     """The call's seed and the search's. One that is drawn serves both: result.seed gives the image again."""
     if seed is not None:
@@ -424,6 +493,7 @@ def _search(pipe: Any, request: Request, shared: dict[str, Any], previews: Previ
             seed=request.seed,
             generator=config.generator,
             # Under VRAM management the models take turns on the device: once a generation, not once a batch.
+            # A reward that needs whole generations has them anyway: `evolve` asks `previews`.
             batch_size=evolution.popsize if pipe.vram_management_enabled else config.batch_size,
             include_base=config.include_base,
             on_generation=config.on_generation,
@@ -440,6 +510,11 @@ def _search(pipe: Any, request: Request, shared: dict[str, Any], previews: Previ
             seconds = pipe.ses_result.seconds
             seconds["other"] += seconds.pop("objective") - sum(previews.seconds.values())  # on_preview's
             seconds.update(prompt=prompt, **previews.seconds)
+    found = _clock(pipe.device)
+    if request.held_out:
+        held_out = previews.held_out(shared["noise"], pipe.ses_result.latents)
+        pipe.ses_result = replace(pipe.ses_result, held_out=held_out)
+        seconds["held_out"] = _clock(pipe.device) - found
     request.found = _clock(pipe.device)
     return pipe.ses_result.latents
 
