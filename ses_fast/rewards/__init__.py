@@ -1,13 +1,16 @@
 """Reward models by name: `load_reward`, `unload_rewards`. A reward is called as `reward(images, prompt)`."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, overload
 
 import torch
 
-from .base import Reward, default_device, default_dtype, modelscope_copy, require
+from .base import Reward, default_device, default_dtype, modelscope_copy, modelscope_folder, require
+from .weighted import WeightedReward, check_weights
 
 __all__ = ["load_reward", "unload_rewards"]
 
@@ -23,6 +26,31 @@ class Source:
     ids: dict[str, str]  # its Hub ids, and the folder of its ModelScope copy
     gigabytes: float  # to download
     packages: tuple[str, ...] = ("transformers",)
+
+    @property
+    def origin(self) -> str:
+        """What is downloaded where no weights are named."""
+        if "weights" not in self.ids:
+            return f"modelscope: DiffSynth-Studio/ImageMetrics/{self.ids['modelscope']}"
+        return f"{self.ids['weights']}/{self.ids['file']}" if "file" in self.ids else self.ids["weights"]
+
+    def missing_packages(self) -> list[str]:
+        """Those to install before `load_reward` without weights, which for some are fetched by diffsynth."""
+        packages = self.packages if "weights" in self.ids else (*self.packages, "diffsynth")
+        return [package for package in dict.fromkeys(packages) if find_spec(package) is None]
+
+    def cached(self) -> bool:
+        """Whether `load_reward` without weights has nothing to download."""
+        if "weights" not in self.ids:
+            return (modelscope_folder(self.ids["modelscope"]) / "model.safetensors").is_file()
+        if find_spec("huggingface_hub") is None:
+            return False
+        from huggingface_hub import try_to_load_from_cache
+
+        files = {self.ids["weights"]: self.ids.get("file", "model.safetensors")}
+        if "processor" in self.ids and self.ids["processor"] not in files:
+            files[self.ids["processor"]] = "tokenizer.json"
+        return all(isinstance(try_to_load_from_cache(repo, file), str) for repo, file in files.items())
 
 
 REWARDS = {
@@ -60,25 +88,46 @@ REWARDS = {
 _loaded: dict[tuple, Reward] = {}
 
 
+@overload
 def load_reward(
     name: str,
     weights: str | os.PathLike | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Reward:
-    """The reward `name`: an object called as `reward(images, prompt) -> Tensor [n] fp32`.
+) -> Reward: ...
+
+
+@overload
+def load_reward(
+    name: Mapping[str, float],
+    weights: Mapping[str, str | os.PathLike] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> WeightedReward: ...
+
+
+def load_reward(name: Any, weights: Any = None, device: Any = None, dtype: torch.dtype | None = None) -> Any:
+    """The reward `name`: an object called as `reward(images, prompt) -> Tensor [n]`.
 
     name: "pick" (PickScore v1), "clip" (LAION's CLIP ViT-H-14), "hps" or "hps_v2.1", "hps_v2.0" (HPSv2),
         "image_reward" (ImageReward v1), "aesthetic" (LAION's predictor v2, which does not read the prompt).
+        Or a dict of weights, {"pick": 1.0, "hps": 0.5}: each standardised by a search's first generation, see
+        `WeightedReward`; a new one at each call, of the same loaded members.
     weights: a local folder, a Hub id, or "modelscope" (the copy that diffsynth.metrics uses). None is the
-        published one, cached or downloaded.
+        published one, cached or downloaded. For a dict: a dict, of the names that have others.
     device: None is the GPU, the CPU where there is none. dtype: None is bf16 on a GPU, fp32 on the CPU.
     Loaded once for each (name, weights, device, dtype), until `unload_rewards`.
     Raises ValueError for an unknown name, ImportError for a missing package, FileNotFoundError (an OSError)
     for weights that are neither here nor to be downloaded.
     """
-    if not isinstance(name, str) or name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}; the known ones are {', '.join(sorted(REWARDS))}")
+    if isinstance(name, Mapping):
+        check_weights(name)
+        check_names(*name)
+        sources = {} if weights is None else weights
+        if not isinstance(sources, Mapping) or not sources.keys() <= name.keys():
+            raise ValueError(f"weights= of several rewards is a dict of their names, got {weights!r}")
+        return WeightedReward({each: load_reward(each, sources.get(each), device, dtype) for each in name}, name)
+    check_names(name)
     source = REWARDS[name]
     device, dtype = default_device(device), default_dtype(device, dtype)
     weights = None if weights is None else str(weights)
@@ -89,6 +138,13 @@ def load_reward(
         path = modelscope_copy(name, source.ids.get("modelscope")) if weights == "modelscope" else weights
         _loaded[key] = reward_class.load(name, path, source.ids, device, dtype)
     return _loaded[key]
+
+
+def check_names(*names: Any) -> None:
+    """Raises ValueError for a name that is no reward's."""
+    for name in names:
+        if not isinstance(name, str) or name not in REWARDS:
+            raise ValueError(f"unknown reward {name!r}; the known ones are {', '.join(sorted(REWARDS))}")
 
 
 def unload_rewards() -> None:

@@ -116,6 +116,11 @@ def local_copy(name: str, source: str | os.PathLike, patterns: Iterable[str]) ->
         ) from error
 
 
+def modelscope_folder(folder: str) -> Path:
+    """Where diffsynth keeps, or would keep, the folder of DiffSynth-Studio/ImageMetrics."""
+    return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH", "models"), "DiffSynth-Studio", "ImageMetrics", folder)
+
+
 def modelscope_copy(name: str, folder: str | None) -> Path:
     """The local folder of the copy of a reward that `diffsynth.metrics` uses, downloaded if needed.
 
