@@ -29,4 +29,6 @@ bench: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear .venv
 	$(RUN)/python -m pip install --quiet --no-input --editable ".[dev]" --constraint constraints.txt $(PIP_ARGS)
+# The tests' oracle of HPSv2. It pins an old pytest and protobuf: it comes alone, what its scorer imports is in "dev".
+	$(RUN)/python -m pip install --quiet --no-input --no-deps hpsv2 --constraint constraints.txt $(PIP_ARGS)
 	touch $@

@@ -47,7 +47,7 @@ def img_score(tmp_path_factory):
     """hpsv2's scorer with a small model of its own. Its wheel lacks the vocabulary, which open_clip has."""
     spec = importlib.util.find_spec("hpsv2")
     if spec is None or importlib.util.find_spec("clint") is None:
-        pytest.skip("needs pip install --no-deps hpsv2==1.2.0 clint args")
+        pytest.skip("needs pip install --no-deps hpsv2==1.2.0, and clint")
     folder = tmp_path_factory.mktemp("hpsv2")
     shutil.copytree(Path(spec.origin).parent, folder / "hpsv2")
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"
