@@ -10,8 +10,10 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +28,7 @@ PACKAGES = {
     "PyWavelets": "wavelets",
     "matplotlib": "plots",
 }
+EMBEDDED = {"embedded": False, "embedded_heldout": True}  # the embedded model's rewards -> heldout=
 MARKS = (10, 30, 100, 300, 1000)  # evaluations whose best image is shown, beside none and all
 
 
@@ -49,8 +52,9 @@ def _generate(args: argparse.Namespace) -> Callable[[], None]:
     from .rewards import REWARDS
 
     _known("model", args.model, MODELS)
-    _known("reward", args.reward, {"embedded", *REWARDS})
-    if args.reward == "embedded" and args.reward_weights:
+    for name in (args.reward, *args.report_reward):
+        _known("reward", name, {*EMBEDDED, *REWARDS})
+    if args.reward in EMBEDDED and args.reward_weights:
         raise ValueError("--reward-weights: the embedded reward has its own weights")
     _check_writable(args.out)
 
@@ -66,6 +70,7 @@ def _generate(args: argparse.Namespace) -> Callable[[], None]:
         on_preview=previews,
     )
     reward = _load_reward(args.reward, args.reward_weights)
+    config = replace(config, report_rewards={name: _load_reward(name, None) for name in args.report_reward})
     pipe = pipelines.enable(MODELS[args.model]())
     return partial(_search, args, pipe, reward, config, previews, report)
 
@@ -100,6 +105,9 @@ def _search(
     summary = {
         "base_score": _number(result.base_score),
         "score": result.score,
+        "held_out": {
+            name: {"base": _number(held.base), "answer": _number(held.answer)} for name, held in result.held_out.items()
+        },
         "evaluations": result.evaluations,
         "seed": result.seed,
         "settings": {name: value for name, value in vars(args).items() if name not in ("prepare", "out")},
@@ -112,6 +120,8 @@ def _search(
     (args.out / "result.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     print(f"base score   {result.base_score:.2f}")
     print(f"best score   {result.score:.2f}")
+    for name, held in result.held_out.items():
+        print(f"held out     {name}: base {held.base:.2f}, best {held.answer:.2f}")
     print(f"evaluations  {result.evaluations}")
     print(f"seconds      {result.seconds['total']:.1f}")
     print(f"written to   {args.out}: image.png base.png budgets.png curve.png result.json")
@@ -136,6 +146,27 @@ class _BestPreviews:
                 self.best[0] = self._leader
             if self._count in self.marks:
                 self.best[self._count] = self._leader
+
+
+def _rewards(args: argparse.Namespace) -> Callable[[], None]:
+    from .rewards import REWARDS
+
+    def work() -> None:
+        print(f"{'reward':17} {'GB':>4}  {'weights':15} {'packages':55}  downloaded from")
+        for name in EMBEDDED:
+            missing = [package for package in ("transformers",) if find_spec(package) is None]
+            print(f"{name:17} {0:4.1f}  {'installed':15} {_packages(missing):55}  nowhere: part of ses-fast")
+        for name, source in sorted(REWARDS.items()):
+            weights = "installed" if source.cached() else "not downloaded"
+            packages = _packages(source.missing_packages())
+            print(f"{name:17} {source.gigabytes:4.1f}  {weights:15} {packages:55}  {source.origin}")
+
+    return work
+
+
+def _packages(missing: list[str]) -> str:
+    extras = {"diffsynth" if package == "diffsynth" else "rewards" for package in missing}
+    return f"{', '.join(missing)}: needs ses-fast[{','.join(sorted(extras))}]" if missing else "installed"
 
 
 def _doctor(args: argparse.Namespace) -> Callable[[], None]:
@@ -202,10 +233,10 @@ MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-tu
 
 
 def _load_reward(name: str, weights: str | None) -> Any:
-    if name == "embedded":
+    if name in EMBEDDED:
         from .embedded import load_reward as load_embedded
 
-        return load_embedded()
+        return load_embedded(heldout=EMBEDDED[name])
     from .rewards import load_reward
 
     return load_reward(name, weights=weights)
@@ -276,6 +307,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
     add("--reward", help="embedded, clip, pick, ... (default: embedded for the embedded model, else pick)")
     add("--reward-weights", help="local folder or Hub id of the reward's weights (default: the published ones)")
+    add(
+        "--report-reward",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a reward that takes no part in the search and scores the image with and without; may be given again",
+    )
     add("--height", type=at_least_one, help="pixels (default: the model's own)")
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--popsize", type=at_least_one, default=10, help="candidates of a generation")
@@ -284,6 +322,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--wavelet", default="db1", help="any wavelet of PyWavelets")
     add("--level", type=_level, default="auto", help='level of the searched band, a number or "auto"')
     generate.set_defaults(prepare=_generate)
+
+    rewards = commands.add_parser("rewards", help="list the rewards: size, source, what is installed, what is missing")
+    rewards.set_defaults(prepare=_rewards)
 
     doctor = commands.add_parser("doctor", help="print versions, devices and the backend that would run")
     doctor.set_defaults(prepare=_doctor)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,10 @@ BAD = {
         ["generate", PROMPT, "--reward", "taste"],
         "unknown reward 'taste'; the known ones are ",
     ),
+    "unknown report reward": (
+        ["generate", PROMPT, "--report-reward", "taste"],
+        "unknown reward 'taste'; the known ones are ",
+    ),
     "weights of the embedded reward": (["generate", PROMPT, "--reward-weights", "x"], "has its own weights"),
     "a folder below a file": (
         ["generate", PROMPT, "--out", "file/out"],
@@ -291,6 +296,59 @@ def test_doctor_where_triton_would_run(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split() == ["backend", "triton"]
 
 
+def rewards(capsys):
+    """The printed table: reward -> its cells."""
+    cli.main(["rewards"])
+    head, *lines = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
+    assert head == ["reward", "GB", "weights", "packages", "downloaded from"]
+    return {name: cells for name, *cells in lines}
+
+
+def test_rewards(monkeypatch, tmp_path, capsys):
+    from ses_fast.rewards import REWARDS
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    table = rewards(capsys)
+    assert table.keys() == {"embedded", "embedded_heldout", *REWARDS}
+    assert table["embedded"][1] == "installed"
+    assert table["hps"] == ["2.0", "not downloaded", "installed", "xswu/HPSv2/HPS_v2.1_compressed.pt"]
+    assert table["aesthetic"][1:3] == ["not downloaded", "installed"]
+
+
+def test_rewards_whose_weights_are_here(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("ses_fast.cli.EMBEDDED", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    laion = cached_file(tmp_path, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "tokenizer.json")
+    pick = cached_file(tmp_path, "yuvalkirstain/PickScore_v1", "model.safetensors")
+    cached_file(tmp_path, "xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    copy = tmp_path / "DiffSynth-Studio/ImageMetrics/Aesthetic/model.safetensors"
+    copy.parent.mkdir(parents=True)
+    copy.touch()
+    installed = {name for name, cells in rewards(capsys).items() if cells[1] == "installed"}
+    assert installed == {"pick", "hps", "hps_v2.1", "aesthetic"}  # of clip there is but the tokenizer
+    laion.unlink()
+    assert pick.exists() and rewards(capsys)["pick"][1] == "not downloaded"  # which pick's weights need too
+
+
+def cached_file(cache, repo, file):
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs/main").write_text("0")
+    (folder / "snapshots/0").mkdir(parents=True, exist_ok=True)
+    (folder / "snapshots/0" / file).touch()
+    return folder / "snapshots/0" / file
+
+
+def test_rewards_whose_packages_are_missing(monkeypatch, capsys):
+    monkeypatch.setattr("ses_fast.rewards.find_spec", lambda name: None)
+    table = rewards(capsys)
+    assert table["pick"][2] == "transformers: needs ses-fast[rewards]"
+    assert table["hps"][2] == "open_clip: needs ses-fast[rewards]"
+    assert table["aesthetic"][2] == "transformers, diffsynth: needs ses-fast[diffsynth,rewards]"
+
+
 def test_the_module_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "ses_fast", "--version"], capture_output=True, text=True)
     assert done.stdout == f"ses-fast {ses_fast.__version__}\n"
@@ -298,10 +356,15 @@ def test_the_module_is_the_same_command():
     assert (done.returncode, done.stderr) == (2, "ses-fast: error: the prompt is empty\n")
 
 
-def test_the_embedded_model(tmp_path):
+def test_the_embedded_model(tmp_path, capsys):
     """The real thing, small: model, reward, search and pictures."""
-    generate("--budget", 2, "--steps", 2, "--seed", 1, "--out", tmp_path)
+    held_out = ("--report-reward", "embedded_heldout", "--report-reward", "embedded")
+    generate("--budget", 2, "--steps", 2, "--seed", 1, *held_out, "--out", tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
+    held, other = result["held_out"]["embedded"], result["held_out"]["embedded_heldout"]
+    assert [held["base"], held["answer"]] == pytest.approx([result["base_score"], result["score"]], abs=1e-3)
+    assert other["base"] != pytest.approx(held["base"], abs=0.1)
+    assert f"held out     embedded: base {held['base']:.2f}, best {held['answer']:.2f}\n" in capsys.readouterr().out
     assert result["evaluations"] == 2 and result["score"] == max(score["score"] for score in result["scores"])
     pictures = {name: np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("base", "image")}
     assert {picture.shape for picture in pictures.values()} == {(128, 128, 3)}
