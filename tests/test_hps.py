@@ -145,6 +145,21 @@ def test_each_name_finds_its_own_file_in_a_folder(monkeypatch, tmp_path, name, f
     assert found == [tmp_path / file]
 
 
+@pytest.mark.parametrize("name", ["hps", "hps_v2.1", "hps_v2.0"])
+def test_loads_a_local_folder_or_file(monkeypatch, checkpoint, tmp_path, name):
+    """By name, as a user would; only the network that open_clip knows as ViT-H-14 is a small one."""
+    monkeypatch.setattr("open_clip.factory._MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    (tmp_path / "ViT-H-14.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(tmp_path / "ViT-H-14.json")
+    file = tmp_path / ("HPS_v2_compressed.pt" if name == "hps_v2.0" else "HPS_v2.1_compressed.pt")
+    shutil.copy(checkpoint, file)
+    images = make_images(80, 64)
+    expected = HPSReward.from_file(checkpoint, "hps-small", device="cpu")(images, PROMPT)
+    for weights in (tmp_path, file):
+        assert torch.equal(ses_fast.load_reward(name, weights, "cpu")(images, PROMPT), expected)
+    ses_fast.unload_rewards()
+
+
 def test_a_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no HPSv2 checkpoint"):
         ses_fast.load_reward("hps", tmp_path, "cpu")

@@ -200,7 +200,7 @@ def test_an_unknown_name_lists_the_known_ones(name):
         ses_fast.load_reward(name)
 
 
-@pytest.mark.parametrize("name", ["clip", "pick"])
+@pytest.mark.parametrize("name", ["clip", "pick", "hps", "hps_v2.0", "hps_v2.1"])
 def test_without_weights_and_network_the_error_says_what_to_do(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -218,6 +218,28 @@ def test_the_modelscope_copy_is_looked_for_where_diffsynth_keeps_it(monkeypatch,
     folder = save_tiny_clip(tmp_path / "DiffSynth-Studio/ImageMetrics/PickScore")
     images = make_images(64, 64)
     assert_stock(ses_fast.load_reward("pick", "modelscope", "cpu")(images, PROMPT), folder, images, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        pytest.param("pick", "modelscope", id="asked-for"),
+        pytest.param("aesthetic", None, id="the-default"),
+        pytest.param("image_reward", None, id="the-default-of-image-reward"),
+    ],
+)
+def test_a_modelscope_copy_without_network_says_what_to_do(monkeypatch, tmp_path, name, weights):
+    core = pytest.importorskip("diffsynth.core")
+
+    def offline(config):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(core.ModelConfig, "download_if_necessary", offline)
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        ses_fast.load_reward(name, weights, "cpu")
+    for part in (name, "DiffSynth-Studio/ImageMetrics", str(tmp_path), "weights=", "DIFFSYNTH_SKIP_DOWNLOAD"):
+        assert part in str(caught.value)
 
 
 def test_a_folder_that_is_not_there(tmp_path):

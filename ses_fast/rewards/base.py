@@ -132,7 +132,14 @@ def modelscope_copy(name: str, folder: str | None) -> Path:
     from diffsynth.core import ModelConfig
 
     config = ModelConfig(model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern=f"{folder}/")
-    config.download_if_necessary()
+    try:
+        config.download_if_necessary()
+    except OSError as error:  # modelscope's own, of the network and of the hub
+        raise FileNotFoundError(
+            f"reward {name!r}: DiffSynth-Studio/ImageMetrics is neither in {modelscope_folder(folder).parent}, nor to "
+            f"be downloaded now. Load it once where there is a network, or pass a local copy of its folder {folder}: "
+            f'load_reward({name!r}, weights="folder"). DIFFSYNTH_SKIP_DOWNLOAD=true asks no network.'
+        ) from error
     if not config.path:
         raise FileNotFoundError(
             f"reward {name!r}: no copy of DiffSynth-Studio/ImageMetrics in {config.local_model_path}"

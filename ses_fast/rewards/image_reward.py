@@ -1,4 +1,8 @@
-"""ImageReward v1: BLIP's text encoder looks at the image, a small head scores. Runs diffsynth's model."""
+"""ImageReward v1: BLIP's text encoder looks at the image, a small head scores. Runs diffsynth's model.
+
+The authors' package, image-reward 1.5, cannot be imported beside transformers 5, which no longer has what it takes
+from there ("cannot import name 'apply_chunking_to_forward' from 'transformers.modeling_utils'").
+"""
 
 import copy
 import os
