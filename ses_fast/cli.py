@@ -54,12 +54,18 @@ def _generate(args: argparse.Namespace) -> Callable[[], None]:
     _known("model", args.model, MODELS)
     for name in (args.reward, *args.report_reward):
         _known("reward", name, {*EMBEDDED, *REWARDS})
+        if name in EMBEDDED and args.model != "embedded":
+            raise ValueError(f"the reward {name!r} knows the embedded model's captions alone: name another, as pick")
     if args.reward in EMBEDDED and args.reward_weights:
         raise ValueError("--reward-weights: the embedded reward has its own weights")
     _check_writable(args.out)
 
     from . import pipelines, report  # here, so that a missing package is said before anything is loaded
 
+    if args.model == "embedded":
+        from .embedded.pipeline import check_size
+
+        check_size(args.height or 1, args.width or 1)
     previews = _BestPreviews(args.budget)
     config = pipelines.SESConfig(
         popsize=args.popsize,
@@ -226,7 +232,13 @@ def _z_image_turbo() -> Any:
         "vae/diffusion_pytorch_model.safetensors",
     )
     configs = [ModelConfig(model_id="Tongyi-MAI/Z-Image-Turbo", origin_file_pattern=pattern) for pattern in patterns]
-    return ZImagePipeline.from_pretrained(model_configs=configs)
+    try:
+        return ZImagePipeline.from_pretrained(model_configs=configs)
+    except OSError as error:
+        raise OSError(
+            "cannot load Tongyi-MAI/Z-Image-Turbo: no copy in ./models (or DIFFSYNTH_MODEL_BASE_PATH) and none to be "
+            f"downloaded now ({type(error).__name__}). Download it once where there is a network"
+        ) from error
 
 
 MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-turbo": _z_image_turbo}
@@ -270,7 +282,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     def whole(text: str) -> int:
         try:
             value = int(text)
@@ -278,6 +290,8 @@ def _at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"needs a whole number, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
         return value
 
     return whole
@@ -302,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         type=at_least_one,
         help="denoising steps of the scored previews (default: those of --steps)",
     )
-    add("--seed", type=_at_least(0), default=0, help="seed of the noise and of the search")
+    add("--seed", type=_at_least(0, 2**63 - 1), default=0, help="seed of the noise and of the search")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and result.json")
     add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
     add("--reward", help="embedded, clip, pick, ... (default: embedded for the embedded model, else pick)")

@@ -40,24 +40,30 @@ class EvolutionConfig:
 
 
 class Drawn:
-    """A generator's noise. A generation draws `randn(P, D)` once, when first asked for, as the reference.
+    """A generator's noise: each generation draws `randn(P, D)` from it when it is first asked for, as the reference.
 
-    The generator is used, not copied: of two states told from one, only the first to be asked goes on.
+    Asked for again, it is drawn again from where the generator then stood; so states that were told differently from
+    one share their noise, and an old one can still be continued. What others draw from the generator between two
+    generations is theirs.
     """
 
     def __init__(self, generator: torch.Generator, popsize: int, size: int) -> None:
         self.generator = generator
         self.shape = (popsize, size)
-        self.generation = -1
-        self.noise = torch.empty(0)  # [P, D] on the CPU
+        self.before: dict[int, Tensor] = {}  # generation -> the generator's state when it was drawn
 
-    def __call__(self, generation: int) -> Tensor:
-        if generation == self.generation + 1:
-            self.noise = torch.randn(*self.shape, generator=self.generator)
-            self.generation = generation
-        if generation != self.generation:
-            raise ValueError(f"the generator drew generation {self.generation} last, {generation} is gone")
-        return self.noise
+    def __call__(self, generation: int) -> Tensor:  # [P, D] on the CPU
+        generator = self.generator
+        if generation in self.before:
+            generator = torch.Generator()
+            generator.set_state(self.before[generation])
+        else:
+            self.before[generation] = generator.get_state()
+        return torch.randn(*self.shape, generator=generator)
+
+    def where(self, generation: int) -> Tensor:
+        """The generator's state from which `generation` is, or will be, drawn."""
+        return self.before.get(generation, self.generator.get_state())
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,28 +119,22 @@ class SearchState:
         state |= {"format": STATE_FORMAT, "include_base": self.include_base, "seed": self.seed}
         state |= {name: getattr(self, name).cpu().contiguous() for name in (*_SAVED, "scores")}
         if self.drawn is not None:
-            state["drawn_generation"] = self.drawn.generation
-            state["drawn_noise"] = self.drawn.noise
-            state["generator_state"] = self.drawn.generator.get_state()
+            state["generator_state"] = self.drawn.where(self.generation)
         return state
 
     @staticmethod
     def load_state_dict(state: Mapping[str, Any], *, backend: str | None = None) -> "SearchState":
         """The state that `state_dict` wrote; continues bit for bit. Raises ValueError for any other dict."""
         settings = [f.name for f in fields(EvolutionConfig)]
-        missing = {*settings, *_SAVED, "scores", "include_base", "seed"} - state.keys()
-        if missing or state.get("format") != STATE_FORMAT:
-            raise ValueError(
-                f"not a search state of format {STATE_FORMAT}: format {state.get('format')!r}, "
-                f"missing {', '.join(sorted(missing)) or 'nothing'}"
-            )
+        if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+            raise ValueError(f"not a search state: a dict with format={STATE_FORMAT}, as state_dict() makes it")
+        if missing := {*settings, *_SAVED, "scores", "include_base", "seed"} - state.keys():
+            raise ValueError(f"the search state lacks {', '.join(sorted(missing))}")
         config = EvolutionConfig(**{name: state[name] for name in settings})
+        check_base(state["base"])
         base_low, residual = spectral.split(state["base"], config.wavelet_name, config.dwt_level, backend=backend)
-        drawn = None
-        if "generator_state" in state:
-            drawn = Drawn(torch.Generator(), config.popsize, base_low.numel())
-            drawn.generator.set_state(state["generator_state"])
-            drawn.generation, drawn.noise = state["drawn_generation"], state["drawn_noise"]
+        generator = _check_saved(state, config, base_low.numel())
+        drawn = None if generator is None else Drawn(generator, config.popsize, base_low.numel())
         generations = state["scores"].split(config.popsize)
         complete = len(state["scores"]) // config.popsize
         return SearchState(
@@ -149,6 +149,33 @@ class SearchState:
             evaluations=len(state["scores"]),
             **{name: state[name] for name in _SAVED},
         )
+
+
+def _check_saved(state: Mapping[str, Any], config: EvolutionConfig, size: int) -> torch.Generator | None:
+    """The saved generator, where there is one. ValueError for entries that no search of `size` coefficients has."""
+    scores = state["scores"]
+    count = scores.numel() if isinstance(scores, Tensor) else 0
+    elites = min(config.k_elites, count // config.popsize * config.popsize)
+    shapes: dict[str, tuple[int, ...]] = {"scores": (count,), "mean": (size,), "variance": (size,)}
+    shapes |= {"elite_low": (elites, size), "elite_scores": (elites,)}
+    for name, shape in shapes.items():
+        value = state[name]
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != shape:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the search state's {name} must be floating, of shape {shape}; got {got}")
+    if not isinstance(state["include_base"], bool):
+        raise ValueError(f"the search state's include_base must be True or False, got {state['include_base']!r}")
+    if (state["seed"] is None) != ("generator_state" in state):
+        raise ValueError("the search state must have either a seed or a generator_state")
+    if state["seed"] is not None:
+        check_noise(state["seed"], None)
+        return None
+    generator = torch.Generator()
+    try:
+        generator.set_state(state["generator_state"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"the search state's generator_state is none of a torch.Generator: {error}") from error
+    return generator
 
 
 _SAVED = ("base", "mean", "variance", "elite_low", "elite_scores")
@@ -180,17 +207,9 @@ def start(
     """
     config = config or EvolutionConfig()
     check_base(base_latents)
-    if generator is not None:
-        if seed is not None:
-            raise ValueError("give seed= or generator=, not both")
-        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-            raise ValueError(f"generator must be a CPU torch.Generator, on every device; got {generator!r}")
-    elif seed is None:
+    seed = check_noise(seed, generator)
+    if seed is None and generator is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    else:
-        seed = whole_number("seed", seed, -(2**63))
-        if seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63, got {seed}")
 
     base = base_latents.detach().clone()
     base_low, residual = spectral.split(base, config.wavelet_name, config.dwt_level, backend=backend)
@@ -314,6 +333,21 @@ def leader(
 
 def _finite(scores: Tensor) -> Tensor:
     return scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def check_noise(seed: Any, generator: Any) -> int | None:
+    """The seed as an int. Raises ValueError unless it is an int64 or None, `generator` a CPU one or None, not both."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("give seed= or generator=, not both")
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            raise ValueError(f"generator must be a CPU torch.Generator, on every device; got {generator!r}")
+    if seed is None:
+        return None
+    seed = whole_number("seed", seed, -(2**63))
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {seed}")
+    return seed
 
 
 def check_base(base: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -229,8 +229,10 @@ def _scores(value: Any, n: int, state: SearchState) -> Tensor:
     if not isinstance(value, Tensor):
         one = isinstance(value, float) or isinstance(value, Real)  # the second, an abstract class, is slow to ask
         try:
+            if isinstance(value, str | bytes | Mapping):  # float() would take them, or their parts, for numbers
+                raise TypeError(f"no scores: {value!r}")
             numbers = [float(v) for v in ([value] if one else value)]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             what = type(value).__name__
             raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
         scores = torch.tensor(numbers, dtype=torch.float64, device=state.mean.device)

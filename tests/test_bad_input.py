@@ -118,19 +118,52 @@ def test_a_state_of_another_search(arguments, message) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, message",
     [
-        pytest.param(lambda d: d.clear(), id="empty"),
-        pytest.param(lambda d: d.update(format=0), id="another format"),
-        pytest.param(lambda d: d.pop("mean"), id="a tensor is missing"),
-        pytest.param(lambda d: d.pop("seed"), id="a setting is missing"),
+        pytest.param(lambda d: d.clear(), "not a search state", id="empty"),
+        pytest.param(lambda d: d.update(format=0), "not a search state", id="another format"),
+        pytest.param(lambda d: d.pop("mean"), "lacks mean", id="a tensor is missing"),
+        pytest.param(lambda d: d.pop("seed"), "lacks seed", id="a setting is missing"),
+        pytest.param(lambda d: d.update(base=None), "base_latents must be a torch.Tensor", id="no base"),
+        pytest.param(lambda d: d.update(base=torch.cat([BASE, BASE])), "must be one base", id="two bases"),
+        pytest.param(lambda d: d.update(scores=[1.0]), "scores must be floating", id="scores in a list"),
+        pytest.param(
+            lambda d: d.update(scores=torch.zeros(6, 1)), "scores must be floating", id="scores in two dimensions"
+        ),
+        pytest.param(lambda d: d.update(mean=torch.zeros(3)), "mean must be floating", id="a mean of another size"),
+        pytest.param(
+            lambda d: d.update(elite_low=torch.zeros(2, 3)), "elite_low must be floating", id="strange elites"
+        ),
+        pytest.param(
+            lambda d: d.update(include_base=None), "include_base must be True or False", id="include_base None"
+        ),
+        pytest.param(lambda d: d.update(seed="x"), "seed must be a whole number", id="a seed of letters"),
+        pytest.param(
+            lambda d: d.update(seed=None), "either a seed or a generator_state", id="neither seed nor generator"
+        ),
+        pytest.param(
+            lambda d: d.update(generator_state=torch.Generator().get_state()),
+            "either a seed or a generator_state",
+            id="seed and generator",
+        ),
+        pytest.param(
+            lambda d: d.update(seed=None, generator_state=torch.zeros(3, dtype=torch.uint8)),
+            "generator_state is none of a torch.Generator",
+            id="a broken generator",
+        ),
     ],
 )
-def test_a_dict_that_is_no_state(change) -> None:
+def test_a_dict_that_is_no_state(change, message) -> None:
     saved = start(BASE, EvolutionConfig(dwt_level=2), seed=0).state_dict()
     change(saved)
-    with pytest.raises(ValueError, match="not a search state of format 1"):
+    with pytest.raises(ValueError, match=message):
         SearchState.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("state", [None, []])
+def test_a_state_that_is_no_dict(state) -> None:
+    with pytest.raises(ValueError, match="not a search state"):
+        SearchState.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +178,9 @@ def test_a_dict_that_is_no_state(change) -> None:
         ([], "of shape (0,)"),
         (torch.zeros(3, dtype=torch.complex64), "got torch.complex64"),
         (None, "must return 3 numbers, as a tensor or a sequence; got NoneType"),
+        ("123", "must return 3 numbers, as a tensor or a sequence; got str"),  # not the numbers 1, 2 and 3
+        ({1: 0, 2: 0, 3: 0}, "got dict"),
+        ([10**400, 1, 2], "got list"),  # beyond a float
         ("abc", "got str"),
         ([1.0, None, 2.0], "got list"),
         ([[1.0], [2.0], [3.0]], "got list"),

@@ -1,5 +1,6 @@
 """The embedded model: its world and oracle, its training script, and the parts that are shipped."""
 
+import inspect
 import itertools
 import json
 
@@ -54,6 +55,7 @@ def test_a_caption_is_read_back_as_its_scene():
     "caption",
     [
         pytest.param("", id="empty"),
+        pytest.param(None, id="no-string"),
         pytest.param("a cat on a mat", id="another-world"),
         pytest.param("two red square left of three blue rings", id="singular-of-two"),
         pytest.param("one red squares left of three blue rings", id="plural-of-one"),
@@ -122,7 +124,13 @@ def test_the_oracle_takes_tensors_and_refuses_the_rest():
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
     assert embedded.judge(tensor, CAPTION) == embedded.judge(tensor[None] * 1.0, CAPTION)
     assert embedded.judge(tensor, CAPTION) == embedded.judge(image, CAPTION)
-    for bad in (tensor[None].expand(2, -1, -1, -1), tensor[:2], "picture.png", np.array(image)):
+    for bad in (
+        tensor[None].expand(2, -1, -1, -1),
+        tensor[:2],
+        (tensor * 127).to(torch.uint8),
+        "picture.png",
+        np.array(image),
+    ):
         with pytest.raises(ValueError, match="judge takes"):
             embedded.judge(bad, CAPTION)
 
@@ -259,6 +267,24 @@ def test_the_pipeline_draws_a_trained_size_unless_told_otherwise(pipe):
     silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
     assert pipe(CAPTION, **silent).size == (128, 128)
     assert pipe(CAPTION, height=96, width=160, **silent).size == (160, 96)
+
+
+def test_a_size_beyond_its_positions_is_refused(pipe):
+    with pytest.raises(ValueError, match="draws up to 1024x1024"):
+        pipe(CAPTION, height=1040, seed=0)
+
+
+def test_arguments_by_position_go_where_the_stock_call_has_them():
+    import ses_fast
+
+    pipe = ses_fast.enable(embedded.load_pipeline())
+    names = list(inspect.signature(type(pipe).__mro__[3].__call__).parameters)
+    assert names[1:4] == ["prompt", "negative_prompt", "cfg_scale"]
+    silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 3, "enable_ses": True}
+    silent |= {"ses_reward_model": lambda images, prompt: images.mean((1, 2, 3)), "ses_eval_budget": 2}
+    silent |= {"ses_inference_steps": 2, "ses_config": ses_fast.SESConfig(progress=False)}
+    by_name = pipe(CAPTION, negative_prompt="", cfg_scale=2.0, **silent)
+    assert np.array_equal(pipe(CAPTION, "", 2.0, **silent), by_name)
 
 
 def test_words_it_never_saw_are_warned_of(pipe, recwarn):

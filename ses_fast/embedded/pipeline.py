@@ -1,5 +1,6 @@
 """DiffSynth's real `ZImagePipeline`, holding the embedded parts."""
 
+import functools
 import inspect
 import warnings
 from pathlib import Path
@@ -16,20 +17,26 @@ try:
     from diffsynth.pipelines.z_image import ZImagePipeline
     from safetensors.torch import load_file
 except ModuleNotFoundError as error:
-    raise missing_extra("diffsynth", "embedded") from error
+    raise missing_extra(error.name or "diffsynth", "embedded") from error
 
 from . import models, world  # noqa: E402  (after the mend)
 
 SIZE = 128
+LARGEST = 1024  # the positions that the denoiser knows, in pixels
 
 
 class EmbeddedPipeline(ZImagePipeline):
     """`ZImagePipeline` whose call draws SIZE x SIZE pixels, a size the model was trained on, when none is named."""
 
+    @functools.wraps(ZImagePipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `ZImagePipeline.__call__`, but for the default height and width. Warns of words it has never seen."""
+        """As `ZImagePipeline.__call__`, but for the default height and width. Warns of words it has never seen.
+
+        Raises ValueError above LARGEST pixels.
+        """
         call = inspect.signature(super().__call__).bind(*args, **kwargs)
         call.arguments = {"height": SIZE, "width": SIZE} | call.arguments
+        check_size(call.arguments["height"], call.arguments["width"])
         prompt, known = call.arguments.get("prompt", ""), world.vocabulary()
         unknown = [word for word in prompt.split() if word not in known] if isinstance(prompt, str) else []
         if unknown:
@@ -39,6 +46,15 @@ class EmbeddedPipeline(ZImagePipeline):
                 stacklevel=2,
             )
         return super().__call__(*call.args, **call.kwargs)
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for a size that the model cannot draw."""
+    if max(height, width) > LARGEST:
+        raise ValueError(
+            f"the embedded model draws up to {LARGEST}x{LARGEST} pixels, and was trained on 128x128 and 256x256; "
+            f"got {height}x{width}"
+        )
 
 
 def load(weights: Path, device: torch.device | str, torch_dtype: torch.dtype) -> EmbeddedPipeline:

@@ -10,10 +10,14 @@ import itertools
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..errors import missing_extra
+
+try:
+    import numpy as np
+except ModuleNotFoundError as error:  # torch does without
+    raise missing_extra("numpy", "embedded") from error
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -28,7 +32,6 @@ SHAPES = ("square", "ring", "cross")
 NUMBERS = ("one", "two", "three")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-FACTS = ("colours", "first count", "second count", "shapes", "relation", "nothing extra")
 
 _PLURALS = {shape: shape + ("es" if shape.endswith("ss") else "s") for shape in SHAPES}
 _UNIT = 128  # the drawing's own units: a scene of 128x128 pixels is drawn one to one
@@ -101,7 +104,7 @@ def vocabulary() -> list[str]:
 
 def parse(caption: str) -> Scene:
     """The scene that `caption` describes. Raises ValueError when it is not of this world."""
-    words = caption.split()
+    words = caption.split() if isinstance(caption, str) else []
     shapes = {word: shape for shape in SHAPES for word in (shape, _PLURALS[shape])}
     try:
         relation = next(r for r in RELATIONS if tuple(r.split()) == tuple(words[3:-3]))
@@ -250,6 +253,8 @@ def _to_uint8(image) -> np.ndarray:
             image = image[0]
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"judge takes a (3, H, W) or (1, 3, H, W) tensor, not {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise ValueError(f"judge takes a floating tensor in [-1, 1], or a PIL image, not {image.dtype}")
         levels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
         return levels.permute(1, 2, 0).cpu().numpy()
     if not hasattr(image, "convert"):
