@@ -1,5 +1,6 @@
 """HPSv2 against its authors' own package, `hpsv2.img_score.score`, on the same small random checkpoint."""
 
+import copy
 import importlib.util
 import json
 import pickle
@@ -135,7 +136,7 @@ def test_bf16_ranks_as_fp32_does(checkpoint):
         pytest.param("hps", "model.safetensors", id="modelscope"),
     ],
 )
-def test_each_name_finds_its_own_file_in_a_folder(monkeypatch, tmp_path, name, file):
+def test_each_registryfinds_its_own_file_in_a_folder(monkeypatch, tmp_path, name, file):
     found = []
     monkeypatch.setattr(HPSReward, "from_file", lambda path, **_: found.append(path) or torch.nn.Identity())
     for other in ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt", "model.safetensors"):
@@ -148,7 +149,8 @@ def test_each_name_finds_its_own_file_in_a_folder(monkeypatch, tmp_path, name, f
 @pytest.mark.parametrize("name", ["hps", "hps_v2.1", "hps_v2.0"])
 def test_loads_a_local_folder_or_file(monkeypatch, checkpoint, tmp_path, name):
     """By name, as a user would; only the network that open_clip knows as ViT-H-14 is a small one."""
-    monkeypatch.setattr("open_clip.factory._MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    for registry in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):  # put back afterwards
+        monkeypatch.setattr(open_clip.factory, registry, copy.copy(getattr(open_clip.factory, registry)))
     (tmp_path / "ViT-H-14.json").write_text(json.dumps(SMALL))
     open_clip.add_model_config(tmp_path / "ViT-H-14.json")
     file = tmp_path / ("HPS_v2_compressed.pt" if name == "hps_v2.0" else "HPS_v2.1_compressed.pt")

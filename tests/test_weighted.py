@@ -236,6 +236,8 @@ def test_a_pipeline_scores_whole_generations(pipe, batch_size):
 def test_each_search_of_a_pipeline_starts_its_scale_and_a_continued_one_keeps_it(pipe):
     reward = weigh(red=1.0, far_blue=0.5)
     whole = search(pipe, reward, 8)
+    reward.scale = {"red": (9.0, 9.0), "far_blue": (9.0, 9.0)}  # as another search has left it
+    assert [each.score for each in search(pipe, reward, 8).trace] == [each.score for each in whole.trace]
     first = search(pipe, reward, 4)
     went_on = search(pipe, reward, 8, state=first.state)
     assert [each.score for each in went_on.trace] == [each.score for each in whole.trace]
