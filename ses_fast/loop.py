@@ -1,5 +1,7 @@
 """From base latents to the best: `evolve` says everything, `search` is the drop-in for `ses_search`."""
 
+import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .errors import missing_extra
 from .evolution import EvolutionConfig, SearchState, ask, check_base, leader, start, tell, whole_number
 
 Objective = Callable[[Tensor], Any]
+RESULT_FORMAT = 1  # raised when `SearchResult.load` would no longer read an old file
 STAGES = ("start", "ask", "objective", "tell", "other")
 
 
@@ -50,6 +54,50 @@ class SearchResult:
     stopped: str  # "budget", "time_limit", "error"; "running" in on_generation
     state: SearchState  # to save, or to continue from with evolve(..., state=)
     held_out: dict[str, HeldOut] = field(default_factory=dict)  # a pipeline's, by SESConfig(report_rewards=)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything to one safetensors file, with what is no tensor as JSON in its header; `load` reads it.
+
+        A file that is there is replaced when the new one is complete. Raises ImportError without safetensors.
+        """
+        safetensors = _safetensors()
+        state = self.state.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if self.latents is not None:
+            tensors["latents"] = self.latents.cpu().contiguous()
+        facts = {
+            "format": RESULT_FORMAT,
+            "best": None if self.best is None else self.trace.index(self.best),
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+            "members": {i: one.members for i, one in enumerate(self.trace) if one.members is not None},
+            "held_out": {name: [one.base, one.answer] for name, one in self.held_out.items()},
+            "state": {name: value for name, value in state.items() if name not in tensors},
+        }
+        written = f"{os.fspath(path)}.part"
+        safetensors.torch.save_file(tensors, written, metadata={"ses_fast": json.dumps(facts)})
+        os.replace(written, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "SearchResult":
+        """What `save` wrote, on the CPU: the latents bit for bit, and a state to go on from. Runs nothing of the file.
+
+        Raises ValueError for any other file, FileNotFoundError for none, ImportError without safetensors.
+        """
+        safetensors = _safetensors()
+        try:
+            with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("ses_fast", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no result that SearchResult.save wrote: {error}") from error
+        if facts.get("format") != RESULT_FORMAT:
+            raise ValueError(f"{path} is no search result of format {RESULT_FORMAT}: format {facts.get('format')!r}")
+        latents = tensors.pop("latents", None)
+        state = SearchState.load_state_dict(facts["state"] | tensors)
+        raw = {int(number): members for number, members in facts["members"].items()}
+        held_out = {name: HeldOut(*two) for name, two in facts["held_out"].items()}
+        return _told(state, latents, facts["best"], facts["stopped"], facts["seconds"], raw, held_out)
 
 
 def search(
@@ -121,10 +169,7 @@ def evolve(
     batch_size = whole_number("batch_size", batch_size, 1)
     if not callable(objective_reward_fn):
         raise ValueError(f"objective_reward_fn must be callable, got {objective_reward_fn!r}")
-    if on_generation is not None and not callable(on_generation):
-        raise ValueError(f"on_generation must be callable, got {on_generation!r}")
-    if time_limit is not None and not (isinstance(time_limit, Real) and time_limit > 0):
-        raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
+    check_options(on_generation=on_generation, time_limit=time_limit)
     if state is None:
         state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base, backend=backend)
     else:
@@ -198,6 +243,33 @@ def evolve(
         bar.close()
 
 
+def check_options(*, time_limit: Any = None, **callbacks: Any) -> None:
+    """Raises ValueError for a time_limit that is not above 0, and a callback that is neither None nor callable."""
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise ValueError(f"{name} must be callable, got {callback!r}")
+    if time_limit is not None:
+        if not isinstance(time_limit, Real) or isinstance(time_limit, bool) or not float(time_limit) > 0:
+            raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
+
+
+def check_state(
+    state: Any,
+    config: EvolutionConfig,
+    seed: int | None,
+    generator: torch.Generator | None,
+    include_base: bool,
+) -> None:
+    """Raises ValueError for what is no state, or one that was started with other arguments; its base is not seen to."""
+    if not isinstance(state, SearchState):
+        raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
+    was, now = (f"{c}, include_base={b}" for c, b in ((state.config, state.include_base), (config, include_base)))
+    if was != now:
+        raise ValueError(f"the state is of another search: it was started with {was}, this call has {now}")
+    if generator is not None or seed not in (None, state.seed):
+        raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
+
+
 def _continued(
     state: SearchState,
     base_latents: Tensor,
@@ -207,16 +279,8 @@ def _continued(
     include_base: bool,
 ) -> SearchState:
     """`state` on the base's device. Raises ValueError where it was started with other arguments."""
-    if not isinstance(state, SearchState):
-        raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
     check_base(base_latents)
-    if (state.config, state.include_base) != (config, bool(include_base)):
-        raise ValueError(
-            f"the state is of another search: it was started with {state.config}, include_base={state.include_base}; "
-            f"this call has {config}, include_base={include_base}"
-        )
-    if generator is not None or seed not in (None, state.seed):
-        raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
+    check_state(state, config, seed, generator, include_base)
     state = state.to(base_latents.device)
     if base_latents.dtype != state.base.dtype or not torch.equal(state.base, base_latents):
         raise ValueError("the state is of another search: its base latents are not these")
@@ -255,19 +319,42 @@ def _result(
 ) -> SearchResult:
     """Waits for the device."""
     best = leader(state, low, backend=backend)
+    latents, number = (None, None) if best is None else (best.latents, best.number)
+    return _told(state, latents, number, stopped, {**seconds, "total": sum(seconds.values())}, raw, {})
+
+
+def _told(
+    state: SearchState,
+    latents: Tensor | None,  # [1, ..., H, W]
+    best: int | None,  # which score is theirs
+    stopped: str,
+    seconds: dict[str, float],
+    raw: dict[int, dict[str, float]],  # number -> each member's score
+    held_out: dict[str, HeldOut],
+) -> SearchResult:
     trace = [Evaluation(*divmod(i, state.config.popsize), score, raw.get(i)) for i, score in enumerate(state.history)]
     return SearchResult(
-        latents=None if best is None else best.latents,
-        score=None if best is None else best.score,
+        latents=latents,
+        score=None if best is None else trace[best].score,
         base_score=trace[0].score if state.include_base and trace else None,
-        best=None if best is None else trace[best.number],
+        best=None if best is None else trace[best],
         trace=trace,
         evaluations=state.evaluations,
         seed=state.seed,
-        seconds={**seconds, "total": sum(seconds.values())},
+        seconds=seconds,
         stopped=stopped,
         state=state,
+        held_out=held_out,
     )
+
+
+def _safetensors() -> Any:
+    """The module, with its `torch` part. Raises ImportError, naming the extra, where it is missing."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise missing_extra("safetensors", "diffsynth") from error
+    return safetensors
 
 
 def _attach(
