@@ -249,7 +249,7 @@ def test_candidates_do_not_see_each_other(pipe):
     latents = torch.randn(3, 16, 10, 6, generator=torch.Generator().manual_seed(0))
     other = latents.clone()
     other[1] = other[1].flip(-1) * 3
-    batched = pipe.units[-1].batched_model_fn(pipe, {})
+    batched = pipe.units[-1].model_fn_together(pipe, {})
     for model_fn, apart in ((batched, True), (pipe.model_fn, False)):
         a, b = (model_fn(latents=x, **inputs) for x in (latents, other))
         assert not torch.equal(a[1], b[1])
@@ -269,13 +269,13 @@ def test_candidates_do_not_see_each_other(pipe):
     ],
 )
 def test_no_batch_with_inputs_of_one_image(pipe, shared):
-    assert pipe.units[-1].batched_model_fn(pipe, dict.fromkeys(shared)) is not None
-    assert pipe.units[-1].batched_model_fn(pipe, shared) is None
+    assert pipe.units[-1].model_fn_together(pipe, dict.fromkeys(shared)) is not None
+    assert pipe.units[-1].model_fn_together(pipe, shared) is None
 
 
 def test_no_batch_for_the_omni_model(pipe, monkeypatch):
     monkeypatch.setattr(pipe.dit, "siglip_embedder", nn.Identity())
-    assert pipe.units[-1].batched_model_fn(pipe, {}) is None
+    assert pipe.units[-1].model_fn_together(pipe, {}) is None
 
 
 def test_a_wrapped_model_fn_goes_one_by_one_and_says_so_once(pipe):
@@ -570,7 +570,7 @@ def test_the_level_reaches_the_search(pipe):
         pytest.param({"dwt_level": -1}, "dwt_level must be at least 0", id="level below 0"),
         pytest.param({"dwt_level": "deep"}, '"auto"', id="a word for a level"),
         pytest.param({"batch_size": 0}, "batch_size must be at least 1", id="empty batches"),
-        pytest.param({"batch_size": "auto"}, "batch_size must be a whole number", id="a word for a size"),
+        pytest.param({"batch_size": "many"}, 'batch_size must be a whole number or "auto"', id="a word for a size"),
         pytest.param({"include_base": "no"}, "include_base must be True or False", id="a truthy no"),
         pytest.param({"progress": 1}, "progress must be True or False", id="a number for a switch"),
         pytest.param({"seed": 1.5}, "seed must be a whole number", id="seed not whole"),
@@ -581,6 +581,9 @@ def test_the_level_reaches_the_search(pipe):
         pytest.param({"time_limit": float("nan")}, "seconds above 0", id="time is not a number"),
         pytest.param({"on_generation": 3}, "on_generation must be callable", id="callback not callable"),
         pytest.param({"on_preview": "print"}, "on_preview must be callable", id="the name of a callback"),
+        pytest.param({"latents": torch.zeros(2, 4, 8, 8)}, "one base", id="two noises to render"),
+        pytest.param({"latents": "found.safetensors"}, "must be a torch.Tensor", id="a path for latents"),
+        pytest.param({"time_limit": True}, "seconds above 0", id="a switch for seconds"),
         pytest.param({"state": {}}, "state must be a SearchState", id="a state's dict"),
         pytest.param({"backend": "cuda"}, "backend must be one of auto, triton, torch", id="unknown backend"),
     ],

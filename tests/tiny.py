@@ -7,6 +7,18 @@ from ses_fast._torchvision import mend_torchvision
 
 mend_torchvision()
 
+from diffsynth.models.flux2_dit import Flux2DiT  # noqa: E402
+from diffsynth.models.flux2_text_encoder import Flux2TextEncoder  # noqa: E402
+from diffsynth.models.flux2_vae import Flux2VAE  # noqa: E402
+from diffsynth.models.flux_dit import (  # noqa: E402
+    AdaLayerNormContinuous,
+    FluxDiT,
+    FluxJointTransformerBlock,
+    FluxSingleTransformerBlock,
+    RoPEEmbedding,
+)
+from diffsynth.models.flux_text_encoder_clip import FluxTextEncoderClip  # noqa: E402
+from diffsynth.models.flux_text_encoder_t5 import FluxTextEncoderT5  # noqa: E402
 from diffsynth.models.flux_vae import (  # noqa: E402
     DownSampler,
     FluxVAEDecoder,
@@ -15,11 +27,28 @@ from diffsynth.models.flux_vae import (  # noqa: E402
     UpSampler,
     VAEAttentionBlock,
 )
+from diffsynth.models.general_modules import AdaLayerNorm, RMSNorm, TimestepEmbeddings  # noqa: E402
+from diffsynth.models.qwen_image_dit import QwenEmbedRope, QwenImageDiT, QwenImageTransformerBlock  # noqa: E402
+from diffsynth.models.qwen_image_text_encoder import QwenImageTextEncoder  # noqa: E402
+from diffsynth.models.qwen_image_vae import QwenImageVAE  # noqa: E402
 from diffsynth.models.z_image_dit import ZImageDiT  # noqa: E402
 from diffsynth.models.z_image_text_encoder import ZImageTextEncoder  # noqa: E402
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline  # noqa: E402
+from diffsynth.pipelines.flux_image import FluxImagePipeline  # noqa: E402
+from diffsynth.pipelines.qwen_image import QwenImagePipeline  # noqa: E402
 from diffsynth.pipelines.z_image import ZImagePipeline  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model  # noqa: E402
+from transformers import (  # noqa: E402
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 TEXT_WIDTH = 32
 
@@ -41,8 +70,54 @@ def tiny_z_image(dtype: torch.dtype = torch.float32, seed: int = 0) -> ZImagePip
     # The real timestep embedder casts its input to bf16, whatever its weights are.
     pipe.dit.t_embedder.mlp.register_forward_pre_hook(lambda mlp, inputs: (inputs[0].to(mlp[0].weight),))
     pipe.vae_decoder, pipe.vae_encoder = TinyVAEDecoder(), TinyVAEEncoder()
+    return _finished(pipe, pipe.vae_decoder.conv_out, dtype, seed)
+
+
+def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0) -> FluxImagePipeline:
+    pipe = FluxImagePipeline(device="cpu", torch_dtype=dtype)
+    pipe.tokenizer_1 = pipe.tokenizer_2 = byte_tokenizer("")
+    sizes = {"vocab_size": 257, "max_position_embeddings": 77, "num_encoder_layers": 2}
+    pipe.text_encoder_1 = FluxTextEncoderClip(embed_dim=768, encoder_intermediate_size=32, **sizes)
+    pipe.text_encoder_2 = TinyT5()
+    pipe.dit = TinyFluxDiT()
+    pipe.vae_decoder, pipe.vae_encoder = TinyVAEDecoder(), TinyVAEEncoder()
+    return _finished(pipe, pipe.vae_decoder.conv_out, dtype, seed)
+
+
+def tiny_flux2(dtype: torch.dtype = torch.float32, seed: int = 0, klein: bool = False) -> Flux2ImagePipeline:
+    """dev has a Mistral text encoder and embedded guidance, klein a Qwen3 and none."""
+    pipe = Flux2ImagePipeline(device="cpu", torch_dtype=dtype)
+    if klein:
+        pipe.tokenizer = byte_tokenizer("<{{ messages[0]['content'] }}>")
+        pipe.text_encoder_qwen3 = TinyTextEncoder(layers=28)  # layers 9, 18 and 27 are read
+    else:
+        pipe.tokenizer = byte_tokenizer("{% for m in messages %}<{{ m['content'][0]['text'] }}>{% endfor %}")
+        pipe.text_encoder = TinyMistral()
+    pipe.dit = Flux2DiT(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not klein,
+    )
+    pipe.vae = Flux2VAE(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    return _finished(pipe, pipe.vae.decoder.conv_out, dtype, seed)
+
+
+def tiny_qwen_image(dtype: torch.dtype = torch.float32, seed: int = 0) -> QwenImagePipeline:
+    pipe = QwenImagePipeline(device="cpu", torch_dtype=dtype)
+    pipe.tokenizer = byte_tokenizer("")
+    pipe.text_encoder = TinyQwenTextEncoder()
+    pipe.dit = TinyQwenImageDiT()
+    pipe.vae = QwenImageVAE(base_dim=8, num_res_blocks=1)
+    return _finished(pipe, pipe.vae.decoder.conv_out, dtype, seed, contrast=4)
+
+
+def _finished(pipe: nn.Module, last: nn.Module, dtype: torch.dtype, seed: int, contrast: float = 0.5) -> nn.Module:
     initialise(pipe, seed)
-    pipe.vae_decoder.conv_out.weight.data *= 0.5  # most pixels within [-1, 1], some beyond
+    last.weight.data *= contrast  # most pixels within [-1, 1], some beyond
     return pipe.to(dtype).eval().requires_grad_(False)
 
 
@@ -51,6 +126,8 @@ def initialise(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        if ".bn." in name:
+            continue  # FLUX.2's latent statistics: mean 0 and variance 1 as they are made
         if parameter.ndim > 1:
             parameter.data = noise / parameter[0].numel() ** 0.5  # keeps the size of what goes through
         else:
@@ -69,20 +146,107 @@ def byte_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
 class TinyTextEncoder(ZImageTextEncoder):
     """The real forward; the real sizes are written into the real __init__."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         nn.Module.__init__(self)
         self.model = Qwen3Model(
             Qwen3Config(
                 vocab_size=257,
                 hidden_size=TEXT_WIDTH,
                 intermediate_size=64,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=2,
                 num_key_value_heads=2,
                 head_dim=16,
                 max_position_embeddings=512,
             )
         )
+
+
+class TinyMistral(Flux2TextEncoder):
+    def __init__(self) -> None:
+        text = {
+            "model_type": "mistral",
+            "vocab_size": 257,
+            "hidden_size": TEXT_WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 30,  # layers 10, 20 and 30 are read
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 1024,
+        }
+        vision = {
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "head_dim": 16,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        Mistral3ForConditionalGeneration.__init__(
+            self, Mistral3Config(text_config=text, vision_config=vision, image_token_index=10)
+        )
+
+
+class TinyQwenTextEncoder(QwenImageTextEncoder):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        text = {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": 257,
+            "hidden_size": TEXT_WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3]},
+        }
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": TEXT_WIDTH}
+        self.model = Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+class TinyT5(FluxTextEncoderT5):
+    def __init__(self) -> None:
+        sizes = {"d_model": TEXT_WIDTH, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 257}
+        T5EncoderModel.__init__(self, T5Config(feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids)
+
+
+class TinyFluxDiT(FluxDiT):
+    """The real forward and blocks; the real sizes are written into the real __init__."""
+
+    def __init__(self, width: int = 32, heads: int = 2) -> None:
+        nn.Module.__init__(self)
+        self.input_dim = 64
+        self.pos_embedder = RoPEEmbedding(width, 10000, [4, 6, 6])
+        self.time_embedder = TimestepEmbeddings(256, width)
+        self.guidance_embedder = TimestepEmbeddings(256, width)
+        self.pooled_text_embedder = nn.Sequential(nn.Linear(768, width), nn.SiLU(), nn.Linear(width, width))
+        self.context_embedder = nn.Linear(TEXT_WIDTH, width)
+        self.x_embedder = nn.Linear(64, width)
+        self.blocks = nn.ModuleList([FluxJointTransformerBlock(width, heads)])
+        self.single_blocks = nn.ModuleList([FluxSingleTransformerBlock(width, heads)])
+        self.final_norm_out = AdaLayerNormContinuous(width)
+        self.final_proj_out = nn.Linear(width, 64)
+
+
+class TinyQwenImageDiT(QwenImageDiT):
+    def __init__(self, width: int = 32, heads: int = 2) -> None:
+        nn.Module.__init__(self)
+        self.pos_embed = QwenEmbedRope(theta=10000, axes_dim=[4, 6, 6], scale_rope=True)
+        self.time_text_embed = TimestepEmbeddings(
+            256, width, diffusers_compatible_format=True, scale=1000, align_dtype_to_timestep=False
+        )
+        self.txt_norm = RMSNorm(TEXT_WIDTH, eps=1e-6)
+        self.img_in, self.txt_in = nn.Linear(64, width), nn.Linear(TEXT_WIDTH, width)
+        sizes = {"num_attention_heads": heads, "attention_head_dim": width // heads}
+        self.transformer_blocks = nn.ModuleList([QwenImageTransformerBlock(dim=width, **sizes) for _ in range(2)])
+        self.norm_out, self.proj_out = AdaLayerNorm(width, single=True), nn.Linear(width, 64)
 
 
 def _ends(module: nn.Module, channels: tuple[int, int], width: int) -> None:

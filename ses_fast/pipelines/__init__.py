@@ -6,25 +6,37 @@ A family is one file here and one line in `FAMILIES`.
 from importlib import import_module
 from typing import Any
 
-from .base import SESConfig, SESPipeline, SESUnit, install, remove
+from .base import SESConfig, SESPipeline, SESUnit, compile_blocks, compile_mode, install, remove
 
 __all__ = ["SESConfig", "disable", "enable"]
 
 # DiffSynth's class -> module:class of what is the family's own, imported when such a pipeline is enabled.
 FAMILIES = {
+    "Flux2ImagePipeline": "flux2:Flux2",
+    "FluxImagePipeline": "flux:Flux",
+    "QwenImagePipeline": "qwen_image:QwenImage",
     "ZImagePipeline": "z_image:ZImage",
 }
 
 
-def enable(pipe: Any) -> Any:
+def enable(pipe: Any, *, compile: bool | str = False) -> Any:
     """Gives a DiffSynth pipeline the documented call, and returns the same object:
 
         pipe(prompt, enable_ses=True, ses_reward_model="pick", ses_eval_budget=50, ses_inference_steps=8)
 
     Until `enable_ses=True` is given nothing changes: isinstance holds, and the images are bit for bit the
-    stock pipeline's. Enabling twice does nothing. Raises ValueError for what is no supported pipeline.
+    stock pipeline's. Enabling twice does nothing.
+
+    compile: True compiles the repeated blocks of the user's own model with torch.compile, for previews and final
+        images, with SES and without; "max-autotune" searches longer for fast kernels. The images then differ
+        by rounding, as after `pipe.compile_pipeline()`. The first calls compile; `disable` undoes it.
+
+    Raises ValueError for what is no supported pipeline, and for another `compile`.
     """
-    install(pipe, _family(pipe))
+    family, mode = _family(pipe), compile_mode(compile)
+    install(pipe, family)
+    if mode is not None:
+        compile_blocks(pipe, mode)
     return pipe
 
 

@@ -9,20 +9,20 @@ search's cheap previews go through the pipeline's own functions too. Imports no 
 import copy
 import functools
 import inspect
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..evolution import EvolutionConfig, SearchState, start, whole_number
-from ..loop import HeldOut, SearchResult, evolve
+from ..evolution import EvolutionConfig, SearchState, check_base, check_noise, whole_number
+from ..loop import HeldOut, SearchResult, check_options, check_state, evolve
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class SESConfig:
 
     popsize, k_elites, wavelet_name: as in `evolve`.
     dwt_level: a number, or "auto": 4 from 1024 pixels on the shorter side, one less with each halving,
-        never below 1.
+        never below 1; with `state` the state's.
     batch_size: previews denoised together; it changes them by rounding only. One by one, with a warning,
-        where the call's inputs allow no batch.
+        where the call's inputs allow no batch. "auto": what fits in the free memory of a GPU, halved when
+        that runs out; on a CPU up to a million pixels. Its scores, and looks at the clock, come once a generation.
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
     generator: a CPU torch.Generator to draw from instead, as in `evolve`.
@@ -41,7 +42,9 @@ class SESConfig:
     on_preview: called as on_preview(images, scores, generation, first) with each batch: images (n, 3, H, W)
         in [-1, 1], the scores as the reward gave them, the first one's number within its generation.
     state: `pipe.ses_result.state`, or a saved one, to go on from in the same call; ses_eval_budget is then
-        the total.
+        the total. Without the call's seed its base noise is the state's own.
+    latents: `pipe.ses_result.latents`, or others of that shape, to render in full (with more steps, another
+        LoRA) without a search; then `pipe.ses_result` is None.
     report_rewards: rewards that take no part in the search, by name (or a dict of names to loaded ones). Each
         scores two previews, made again after the search: the base's and the answer's, into result.held_out.
         An answer that its own reward likes and the others do not has been searched too hard.
@@ -51,7 +54,7 @@ class SESConfig:
     k_elites: int = 5
     wavelet_name: str = "db1"
     dwt_level: int | str = "auto"
-    batch_size: int = 1
+    batch_size: int | str = 1
     include_base: bool = True
     seed: int | None = None
     generator: torch.Generator | None = None
@@ -60,6 +63,7 @@ class SESConfig:
     on_generation: Callable[[SearchResult], Any] | None = None
     on_preview: Callable[[Tensor, Any, int, int], Any] | None = None
     state: SearchState | None = None
+    latents: Tensor | None = None  # [1, C, h, w]
     backend: str | None = None
     report_rewards: Sequence[str] | Mapping[str, Callable[[Tensor, str], Any]] = ()
 
@@ -67,22 +71,23 @@ class SESConfig:
         if isinstance(self.dwt_level, str) and self.dwt_level != "auto":
             raise ValueError(f'dwt_level must be a whole number or "auto", got {self.dwt_level!r}')
         self.evolution(1024, 1024)
-        object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, 1))
-        if self.seed is not None or self.generator is not None:
-            check_seed(self.seed, self.generator)
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f'batch_size must be a whole number or "auto", got {self.batch_size!r}')
+        if not isinstance(self.batch_size, str):
+            object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, 1))
+        check_noise(self.seed, self.generator)
         for name in ("include_base", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("on_generation", "on_preview"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
-        limit = self.time_limit
-        if limit is not None and (not isinstance(limit, Real) or isinstance(limit, bool) or not limit > 0):
-            raise ValueError(f"time_limit must be seconds above 0, got {limit!r}")
-        if self.state is not None and not isinstance(self.state, SearchState):
-            raise ValueError(f"state must be a SearchState, as result.state, got {type(self.state).__name__}")
+        check_options(on_generation=self.on_generation, on_preview=self.on_preview, time_limit=self.time_limit)
         if self.state is not None:
-            _check_state(self, self.state)
+            check_state(self.state, self.evolution(1024, 1024), self.seed, self.generator, self.include_base)
+        if self.latents is not None:
+            check_base(self.latents)
+            if self.state is not None:
+                raise ValueError("give latents= to render them or state= to go on with a search, not both")
+            if self.report_rewards:
+                raise ValueError("report_rewards judge what a search found: leave it out with latents=")
         names = self.report_rewards
         if isinstance(names, Mapping):
             if not all(isinstance(name, str) and callable(reward) for name, reward in names.items()):
@@ -99,28 +104,19 @@ class SESConfig:
     def evolution(self, height: int, width: int) -> EvolutionConfig:
         """The search's own settings for an image of height x width pixels."""
         level = self.dwt_level
+        if isinstance(level, str) and isinstance(self.state, SearchState):
+            level = self.state.config.dwt_level
         if isinstance(level, str):
             level = min(4, max(1, (min(height, width) // 64).bit_length() - 1))
         return EvolutionConfig(self.popsize, self.k_elites, self.wavelet_name, level)
 
 
-def _check_state(config: SESConfig, state: SearchState) -> None:
-    """Raises ValueError where `state` was started with other settings; only its base is for `evolve` to compare."""
-    if config.generator is not None or config.seed not in (None, state.seed):
-        raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
-    for name in ("popsize", "k_elites", "wavelet_name"):
-        was, now = getattr(state.config, name), getattr(config, name)
-        if was != now:
-            raise ValueError(f"the state is of another search: it was started with {name}={was!r}, not {now!r}")
-    if config.dwt_level not in ("auto", state.config.dwt_level):
-        raise ValueError(f"the state is of another search: it was started with dwt_level={state.config.dwt_level}")
-    if config.include_base != state.include_base:
-        raise ValueError(f"the state is of another search: it was started with include_base={state.include_base}")
-
-
-def check_seed(seed: int | None, generator: torch.Generator | None = None) -> None:
-    """Raises what a search would raise at its start, before any work."""
-    start(torch.zeros(1, 1, 1), EvolutionConfig(dwt_level=0), seed=seed, generator=generator)
+# What `enable` takes for compile -> torch.compile's mode. CUDA graphs would hold one graph's memory per shape.
+COMPILE_MODES: dict[bool | str, str] = {
+    True: "default",
+    "default": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+}
 
 
 @dataclass
@@ -133,9 +129,12 @@ class Request:
     steps: int
     seed: int | None  # of the search
     held_out: dict[str, Callable[[Tensor, str], Any]] = field(default_factory=dict)
+    from_state: bool = False  # the base is the state's: the call has no seed that makes it
     schedule: dict[str, Any] = field(default_factory=dict)  # what the call gave scheduler.set_timesteps
+    input_latents: Tensor | None = None  # what it gave scheduler.add_noise; FLUX.1 hands it to no later unit
     begin: float = 0.0
     found: float = 0.0  # when the search had ended
+    compiling: float = 0.0  # seconds so far
 
 
 class SESPipeline:
@@ -164,8 +163,9 @@ class SESPipeline:
         ses_config: everything else. Without enable_ses=True these four do nothing.
 
         Afterwards `pipe.ses_result` is the SearchResult, with seconds for prompt, ask, denoise, decode,
-        reward, tell and final (and held_out). An exception leaves as it came; `pipe.ses_result` is then what was found
-        before it. Raises ValueError for bad input before any work.
+        reward, tell, final, held_out where asked for, and compile, which is in none of the others. An exception
+        leaves as it came; `pipe.ses_result` is then what was found before it. Raises ValueError for bad input
+        before any work.
         """
         if not isinstance(enable_ses, bool):
             raise ValueError(f"enable_ses must be True or False, got {enable_ses!r}")
@@ -188,16 +188,16 @@ class SESPipeline:
             )
         budget = whole_number("ses_eval_budget", ses_eval_budget, 1)
         steps = whole_number("ses_inference_steps", ses_inference_steps, 1)
-        _check_lora(self, given)
-        seed, search_seed = _seeds(given.get("seed"), config)
         unit = next((unit for unit in self.units if isinstance(unit, SESUnit)), None)
         if unit is None:
             raise ValueError("pipe.units has lost the unit that searches: call ses_fast.enable(pipe) again")
-        if isinstance(ses_reward_model, str | Mapping):
+        unit.check(self, given)
+        seed, search_seed = _seeds(given.get("seed"), config)
+        if isinstance(ses_reward_model, str | Mapping) and config.latents is None:
             from ..rewards import load_reward
 
             ses_reward_model = load_reward(ses_reward_model, device=self.device)
-        if getattr(ses_reward_model, "whole_generations", False):
+        if config.latents is None and getattr(ses_reward_model, "whole_generations", False):
             _start_weighing(ses_reward_model, config, budget)
 
         if "seed" in bound.arguments:
@@ -205,17 +205,22 @@ class SESPipeline:
             args, kwargs = bound.args, bound.kwargs
         else:
             kwargs["seed"] = seed
-        request = Request(config, ses_reward_model, budget, steps, search_seed, begin=_clock(self.device))
+        from_state = config.state is not None and given.get("seed") is None and given.get("initial_noise") is None
+        request = Request(config, ses_reward_model, budget, steps, search_seed, from_state=from_state)
         request.held_out = _held_out(config.report_rewards, self.device)
+        request.begin = _clock(self.device)
         self.ses_result = None
         try:
-            with unit.asked(request), _noted(self.scheduler, request.schedule):
+            with unit.asked(request), _noted(self.scheduler, request), _compile_clock(request):
                 image = call(*args, **kwargs)
         except BaseException:
             self.load_models_to_device([])  # what a failed preview left there
             raise
+        if self.ses_result is None:  # given latents
+            return image
         seconds = self.ses_result.seconds
-        seconds["final"] = _clock(self.device) - request.found
+        seconds["final"] = _clock(self.device) - request.found - (request.compiling - seconds["compile"])
+        seconds["compile"] = request.compiling
         seconds["total"] = _clock(self.device) - request.begin
         return image
 
@@ -227,7 +232,13 @@ class SESUnit:
     """
 
     decoder = "vae_decoder"  # the pipeline's attribute
+    model_fn: Callable[..., Tensor]  # the stock `pipe.model_fn`
+    takes: frozenset[str]  # its inputs
+    together: frozenset[str]  # those that may be given where several candidates go at once
+    text: tuple[str, ...] = ()  # those of `together` that CFG's two sides can share a batch by: [1, ...] each
+    refused: dict[str, str] = {}  # arguments of the call that SES cannot go with, and why
     request: Request | None = None
+    compiled: tuple[tuple[Any, Any], ...] = ()  # what `compile_blocks` compiled, and what was compiled before
 
     def __init__(self) -> None:
         super().__init__(  # type: ignore[call-arg]
@@ -239,10 +250,8 @@ class SESUnit:
 
     # ---- a family's own
 
-    def batched_model_fn(self, pipe: Any, shared: dict[str, Any]) -> Callable[..., Tensor] | None:
-        """A function with the arguments of `pipe.model_fn` that takes n candidates as `latents` and predicts
-        for each what `pipe.model_fn` does for it alone. None where inputs or a wrapped model_fn forbid it.
-        """
+    def forward_together(self, *args: Any, **inputs: Any) -> Tensor:
+        """Predicts for n candidates as `latents` what `pipe.model_fn` does for each alone."""
         raise NotImplementedError
 
     def decode(
@@ -254,7 +263,43 @@ class SESUnit:
         """The decoder's output, as the pipeline's own call decodes."""
         raise NotImplementedError
 
+    def unpack(
+        self,
+        noise: Tensor,  # [1, ...] as the pipeline has it
+        shared: dict[str, Any],
+    ) -> Tensor:  # [1, C, h, w], to search in
+        return noise
+
+    def pack(
+        self,
+        noises: Tensor,  # [n, C, h, w]
+    ) -> Tensor:  # [n, ...] as the pipeline has them
+        return noises
+
+    def for_previews(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """The call's inputs, without what only the final image may have."""
+        return shared
+
     # ---- what all share
+
+    def check(self, pipe: Any, given: dict[str, Any]) -> None:
+        """Raises ValueError for what a call with SES cannot have, before any work."""
+        for name, why in self.refused.items():
+            if given.get(name) is not None:
+                raise ValueError(f"SES cannot go with {name}=: {why}")
+        for name in ("lora", "positive_only_lora", "negative_lora"):
+            hot = getattr(pipe.dit, "vram_management_enabled", False) or getattr(pipe.dit, "quantize_config", None)
+            if given.get(name) is not None and not hot:
+                raise ValueError(
+                    f"with SES, {name}= needs pipe.dit = pipe.enable_lora_hot_loading(pipe.dit) first: otherwise "
+                    "DiffSynth adds the LoRA to the weights again in every step of every preview"
+                )
+
+    def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        """`forward_together`; None where model_fn is wrapped or takes an input that is made for one image."""
+        given = {name for name in self.takes if inputs.get(name) is not None and inputs[name] is not False}
+        stock = pipe.model_fn is self.model_fn
+        return self.forward_together if stock and given <= self.together else None
 
     @contextmanager
     def asked(self, request: Request) -> Iterator[None]:
@@ -275,11 +320,17 @@ class SESUnit:
         """Answers the request, if there is one: searches, and puts the best noise and its latents in place."""
         request, self.request = self.request, None  # answered once
         if request is not None:
-            previews = Previews(self, pipe, request, inputs_shared, inputs_posi, inputs_nega)
-            noise = _search(pipe, request, inputs_shared, previews)
+            vars(pipe.scheduler).pop("add_noise", None)  # noted, if it was called at all
+            base = self.unpack(inputs_shared["noise"], inputs_shared)
+            if request.config.latents is not None:
+                best = _given_noise(request.config.latents, base)
+            else:
+                previews = Previews(self, pipe, request, inputs_shared, inputs_posi, inputs_nega)
+                best = _search(pipe, request, base, inputs_shared, previews)
+            noise = self.pack(best)
             inputs_shared |= {
                 "noise": noise,
-                "latents": _first_latents(pipe.scheduler, noise, inputs_shared),
+                "latents": _first_latents(pipe.scheduler, noise, request.input_latents),
             }
         return inputs_shared, inputs_posi, inputs_nega
 
@@ -297,7 +348,9 @@ class Previews:
         nega: dict[str, Any],
     ) -> None:
         self.unit, self.pipe, self.request = unit, pipe, request
-        self.shared, self.posi, self.nega = shared, posi, nega
+        # A ControlNet's start and end are shares of the steps.
+        self.shared = unit.for_previews(shared) | {"num_inference_steps": request.steps}
+        self.posi, self.nega = posi, nega
         self.seconds = dict.fromkeys(("denoise", "decode", "reward"), 0.0)
         self.done = request.config.state.evaluations if request.config.state is not None else 0
 
@@ -312,14 +365,37 @@ class Previews:
         self.scheduler.set_timesteps(**request.schedule | {"num_inference_steps": request.steps})
 
         self.whole_generations = getattr(request.reward, "whole_generations", False)  # `evolve` looks for it
-        self.batch_size = request.config.batch_size
-        self.model_fn = unit.batched_model_fn(pipe, shared) if self.batch_size > 1 else None
-        self.together = 1 if self.model_fn is None else self.batch_size
-        if self.together < self.batch_size:
+        config = request.config
+        given = [part.items() for part in (self.shared, posi, nega)]
+        inputs = {name: value for items in given for name, value in items if value is not None}
+        self.model_fn = unit.model_fn_together(pipe, inputs)
+        self.both = None if self.model_fn is None else self.both_sides()
+        self.halve = config.batch_size == "auto"
+        n = _at_once(config, pipe.device, shared["height"], shared["width"])
+        alone = 1 if n == 1 or self.model_fn is None else n
+        self.together = {"denoise": alone, "decode": 1 if shared.get("tiled") else n}  # tiles are for want of memory
+        if alone != n:
             warnings.warn(
                 "the call's inputs or the pipeline's model_fn allow no batch: previews go one by one",
                 stacklevel=2,
             )
+
+    def both_sides(self) -> dict[str, Tensor] | None:
+        """What the model takes of the prompt and of the negative one, joined: [2, ...]. None where they go apart."""
+        loras = ("positive_only_lora", "negative_only_lora")
+        if not self.unit.text or self.shared["cfg_scale"] == 1 or any(self.shared.get(lora) for lora in loras):
+            return None
+        both = {}
+        for name in self.unit.takes & self.posi.keys() & self.nega.keys():
+            a, b = self.posi[name], self.nega[name]
+            if a is None or b is None:
+                if a is b:
+                    continue
+                return None
+            if a.shape != b.shape or a.dtype != b.dtype or (name not in self.unit.text and not torch.equal(a, b)):
+                return None
+            both[name] = torch.cat([a, b]) if name in self.unit.text else a
+        return both
 
     @property
     def members(self) -> Any:
@@ -348,13 +424,12 @@ class Previews:
     ) -> Tensor:  # [n, 3, H, W]
         pipe = self.pipe
         pipe.load_models_to_device(pipe.in_iteration_models)
-        latents = torch.cat([self.denoise(part) for part in noises.split(self.together)])
+        latents = self.in_batches("denoise", self.denoise, noises)
         lap("denoise")
         pipe.load_models_to_device([self.unit.decoder])
-        parts = [self.unit.decode(pipe, part, self.shared) for part in latents.split(self.batch_size)]
-        images = torch.cat(parts).clamp(-1, 1)  # a decoder leaves the range
+        images = self.in_batches("decode", lambda part: self.unit.decode(pipe, part, self.shared), latents)
         lap("decode")
-        return images
+        return images.clamp(-1, 1)  # a decoder leaves the range
 
     def held_out(
         self,
@@ -369,30 +444,65 @@ class Previews:
         }
         return {name: HeldOut(*two) for name, two in scores.items()}
 
+    def in_batches(
+        self,
+        stage: str,
+        run: Callable[[Tensor], Tensor],
+        inputs: Tensor,  # [n, ...]
+    ) -> Tensor:  # [n, ...]
+        """`run` on all of them, as many at once as the stage may have; with "auto" fewer when memory runs out."""
+        done: list[Tensor] = []
+        device = self.pipe.device
+        while len(inputs):
+            n = min(self.together[stage] or 1, len(inputs))
+            held = 0
+            if self.together[stage] == 0:
+                torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device)
+            try:
+                part = run(inputs[:n])
+            except torch.OutOfMemoryError:
+                if not self.halve or n == 1:
+                    raise
+                part = None
+            if part is None:  # outside of the except, whose traceback holds the tensors that were too many
+                self.together[stage] = n // 2
+                if _on_gpu(device):
+                    torch.cuda.empty_cache()
+                continue
+            if self.together[stage] == 0:
+                one = max(1, torch.cuda.max_memory_allocated(device) - held)
+                self.together[stage] = min(self.request.config.popsize, max(1, int(0.8 * _free_memory(device)) // one))
+            done.append(part)
+            inputs = inputs[n:]
+        return torch.cat(done)
+
     def denoise(
         self,
         noises: Tensor,  # [n, C, h, w]
     ) -> Tensor:  # [n, C, h, w]
         """What the pipeline's own call does between its units and its decoder."""
         pipe = self.pipe
-        # One alone goes the final image's way, to be equal bit for bit.
-        model_fn = pipe.model_fn if len(noises) == 1 else self.model_fn
-        models = {name: getattr(pipe, name) for name in pipe.in_iteration_models}
-        inputs = {**self.shared, "noise": noises}
-        inputs["latents"] = _first_latents(self.scheduler, noises, self.shared)
+        inputs = {**self.shared, "noise": self.unit.pack(noises)}
+        inputs["latents"] = _first_latents(self.scheduler, inputs["noise"], self.request.input_latents)
         for step, timestep in enumerate(self.scheduler.timesteps):
-            predicted = pipe.cfg_guided_model_fn(
-                model_fn,
-                inputs["cfg_scale"],
-                inputs,
-                self.posi,
-                self.nega,
-                timestep=timestep[None].to(pipe.device, pipe.torch_dtype),
-                progress_id=step,
-                **models,
-            )
+            timestep = timestep[None].to(pipe.device, pipe.torch_dtype)
+            predicted = self.predict(inputs, timestep=timestep, progress_id=step)
             inputs["latents"] = pipe.step(self.scheduler, progress_id=step, noise_pred=predicted, **inputs)
         return inputs["latents"]
+
+    def predict(self, inputs: dict[str, Any], **others: Any) -> Tensor:
+        """The velocity of all of inputs["latents"], with CFG."""
+        pipe, latents, scale = self.pipe, inputs["latents"], inputs["cfg_scale"]
+        others |= {name: getattr(pipe, name) for name in pipe.in_iteration_models}
+        # One alone goes the final image's way, to be equal bit for bit.
+        if len(latents) == 1 or self.both is None:
+            model_fn = pipe.model_fn if len(latents) == 1 else self.model_fn
+            return pipe.cfg_guided_model_fn(model_fn, scale, inputs, self.posi, self.nega, **others)
+        assert self.model_fn is not None
+        twice = {**self.posi, **inputs, **self.both, **others, "latents": torch.cat([latents, latents])}
+        posi, nega = self.model_fn(**twice).chunk(2)
+        return nega + scale * (posi - nega)
 
 
 def install(pipe: Any, family: type[SESUnit]) -> None:
@@ -410,10 +520,40 @@ def install(pipe: Any, family: type[SESUnit]) -> None:
 
 
 def remove(pipe: Any) -> None:
-    """Undoes `install`, and forgets the last result."""
+    """Undoes `install` and `compile_blocks`, and forgets the last result."""
     pipe.__class__ = pipe._ses_stock
+    for unit in pipe.units:
+        for module, before in getattr(unit, "compiled", ()):
+            module._compiled_call_impl = before
     pipe.units[:] = [unit for unit in pipe.units if not isinstance(unit, SESUnit)]
     vars(pipe).pop("ses_result", None)
+
+
+def compile_mode(compile: bool | str) -> str | None:
+    """What torch.compile calls it; None for no compilation. Raises ValueError for what is none of `COMPILE_MODES`."""
+    if compile is False:
+        return None
+    if isinstance(compile, bool | str) and compile in COMPILE_MODES:
+        return COMPILE_MODES[compile]
+    modes = ", ".join(map(repr, [False, *COMPILE_MODES]))
+    raise ValueError(f"compile must be one of {modes}; got {compile!r}")
+
+
+def compile_blocks(pipe: Any, mode: str) -> None:
+    """Compiles the repeated blocks of the pipeline's models in place, as `pipe.compile_pipeline()` does.
+
+    Its dynamic shapes are kept: a prompt of another length, another size or a shorter batch is no new graph,
+    only one candidate against several is. Does nothing where it was done. Raises ValueError where there is
+    nothing to compile.
+    """
+    unit = next(unit for unit in pipe.units if isinstance(unit, SESUnit))
+    if unit.compiled:
+        return
+    before = [(module, module._compiled_call_impl) for module in pipe.modules()]
+    pipe.compile_pipeline(mode=mode)
+    unit.compiled = tuple((module, was) for module, was in before if module._compiled_call_impl is not was)
+    if not unit.compiled:
+        raise ValueError("the pipeline has no model to compile: load its dit first, or leave compile out")
 
 
 def _documented(stock_call: Callable) -> Callable:
@@ -430,15 +570,6 @@ def _documented(stock_call: Callable) -> Callable:
     signature = inspect.Signature([*stock, *new, *rest])
     __call__.__signature__ = signature  # type: ignore[attr-defined]
     return __call__
-
-
-def _check_lora(pipe: Any, given: dict[str, Any]) -> None:
-    for name in ("lora", "positive_only_lora", "negative_lora"):
-        if given.get(name) is not None and not getattr(pipe.dit, "vram_management_enabled", False):
-            raise ValueError(
-                f"with SES, {name}= needs pipe.dit = pipe.enable_lora_hot_loading(pipe.dit) first: otherwise "
-                "DiffSynth adds the LoRA to the weights again in every step of every preview"
-            )
 
 
 def _start_weighing(reward: Any, config: SESConfig, budget: int) -> None:
@@ -465,10 +596,9 @@ def _held_out(rewards: Any, device: Any) -> dict[str, Callable[[Tensor, str], An
 
 def _seeds(seed: int | None, config: SESConfig) -> tuple[int | None, int | None]:
     """The call's seed and the search's. One that is drawn serves both: result.seed gives the image again."""
-    if seed is not None:
-        check_seed(seed)
-    if config.state is not None:
-        return config.state.seed if seed is None else seed, config.seed
+    check_noise(seed, None)
+    if config.state is not None:  # without a seed the base is the state's, and any seed keeps torch's state as it is
+        return 0 if seed is None else seed, config.seed
     if config.seed is not None or config.generator is not None:
         return seed, config.seed
     if seed is None:
@@ -476,14 +606,22 @@ def _seeds(seed: int | None, config: SESConfig) -> tuple[int | None, int | None]
     return seed, seed
 
 
-def _search(pipe: Any, request: Request, shared: dict[str, Any], previews: Previews) -> Tensor:
-    """The best noise [1, C, h, w]; leaves the result, a partial one too, at pipe.ses_result."""
+def _search(
+    pipe: Any,
+    request: Request,
+    base: Tensor,  # [1, C, h, w]
+    shared: dict[str, Any],
+    previews: Previews,
+) -> Tensor:  # [1, C, h, w]
+    """The best noise; leaves the result, a partial one too, at pipe.ses_result."""
     config = request.config
+    if request.from_state:
+        base = _given_noise(config.state.base, base)  # type: ignore[union-attr]
     evolution = config.evolution(shared["height"], shared["width"])
     prompt = _clock(pipe.device) - request.begin
     try:
         pipe.ses_result = evolve(
-            shared["noise"],
+            base,
             previews,
             request.budget,
             evolution.popsize,
@@ -494,7 +632,9 @@ def _search(pipe: Any, request: Request, shared: dict[str, Any], previews: Previ
             generator=config.generator,
             # Under VRAM management the models take turns on the device: once a generation, not once a batch.
             # A reward that needs whole generations has them anyway: `evolve` asks `previews`.
-            batch_size=evolution.popsize if pipe.vram_management_enabled else config.batch_size,
+            batch_size=config.batch_size
+            if isinstance(config.batch_size, int) and not pipe.vram_management_enabled
+            else evolution.popsize,
             include_base=config.include_base,
             on_generation=config.on_generation,
             progress=config.progress,
@@ -509,46 +649,108 @@ def _search(pipe: Any, request: Request, shared: dict[str, Any], previews: Previ
         if pipe.ses_result is not None:
             seconds = pipe.ses_result.seconds
             seconds["other"] += seconds.pop("objective") - sum(previews.seconds.values())  # on_preview's
-            seconds.update(prompt=prompt, **previews.seconds)
+            seconds.update(prompt=prompt, compile=request.compiling, **previews.seconds)
+            seconds["denoise"] -= request.compiling
     found = _clock(pipe.device)
     if request.held_out:
-        held_out = previews.held_out(shared["noise"], pipe.ses_result.latents)
+        held_out = previews.held_out(base, pipe.ses_result.latents)
         pipe.ses_result = replace(pipe.ses_result, held_out=held_out)
         seconds["held_out"] = _clock(pipe.device) - found
     request.found = _clock(pipe.device)
     return pipe.ses_result.latents
 
 
+def _given_noise(
+    given: Tensor,  # [1, C, h, w]
+    base: Tensor,  # [1, C, h, w] of the call
+) -> Tensor:  # [1, C, h, w] on the base's device
+    if given.shape != base.shape or given.dtype != base.dtype:
+        raise ValueError(
+            f"the noise of this call is {base.dtype} of shape {tuple(base.shape)}, the given one "
+            f"{given.dtype} of {tuple(given.shape)}: give the height, width and pipeline it was made for"
+        )
+    return given.to(base.device)
+
+
 def _first_latents(
     scheduler: Any,
-    noise: Tensor,  # [n, C, h, w]
-    shared: dict[str, Any],
-) -> Tensor:  # [n, C, h, w]
+    noise: Tensor,  # [n, ...]
+    input_latents: Tensor | None,  # [1, ...]
+) -> Tensor:  # [n, ...]
     """Where the denoising begins: the noise, or the input image noised to the first timestep."""
-    if shared.get("input_latents") is None:
+    if input_latents is None:
         return noise
-    return scheduler.add_noise(shared["input_latents"], noise, timestep=scheduler.timesteps[0])
+    return scheduler.add_noise(input_latents, noise, timestep=scheduler.timesteps[0])
 
 
 @contextmanager
-def _noted(scheduler: Any, arguments: dict[str, Any]) -> Iterator[None]:
-    """Notes in `arguments` what the pipeline's call gives its scheduler.
+def _noted(scheduler: Any, request: Request) -> Iterator[None]:
+    """Notes in `request` what the pipeline's call gives its scheduler.
 
     Previews need the same with other steps. It differs between families, and some of it (Z-Image's
-    sigma_shift) reaches no unit. The pipeline sets its timesteps once, first of all; then the scheduler is as
-    it was.
+    sigma_shift, FLUX.1's input image) reaches no later unit. The pipeline sets its timesteps once, first of
+    all, and noises its input image once; then the scheduler is as it was.
     """
 
     def set_timesteps(num_inference_steps: int, **others: Any) -> None:
         del scheduler.set_timesteps
-        arguments.update(others, num_inference_steps=num_inference_steps)
+        request.schedule = others | {"num_inference_steps": num_inference_steps}
         scheduler.set_timesteps(num_inference_steps, **others)
 
-    scheduler.set_timesteps = set_timesteps
+    def add_noise(original_samples: Tensor, *args: Any, **others: Any) -> Tensor:
+        del scheduler.add_noise
+        request.input_latents = original_samples
+        return scheduler.add_noise(original_samples, *args, **others)
+
+    scheduler.set_timesteps, scheduler.add_noise = set_timesteps, add_noise
     try:
         yield
     finally:
-        vars(scheduler).pop("set_timesteps", None)
+        for name in ("set_timesteps", "add_noise"):
+            vars(scheduler).pop(name, None)
+
+
+@contextmanager
+def _compile_clock(request: Request) -> Iterator[None]:
+    """Adds what dynamo's compilations take to `request.compiling`. Where dynamo is not loaded nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    from torch._dynamo.callback import callback_handler
+
+    begin = 0.0
+
+    def start(args: Any) -> None:
+        nonlocal begin
+        begin = time.perf_counter()
+
+    def end(args: Any) -> None:
+        request.compiling += time.perf_counter() - begin
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+
+
+def _at_once(config: SESConfig, device: torch.device | str, height: int, width: int) -> int:
+    """How many previews of height x width pixels go together; 0 where one alone is to show what fits."""
+    if isinstance(config.batch_size, int):
+        return config.batch_size
+    return 0 if _on_gpu(device) else min(config.popsize, max(1, 2**20 // (height * width)))
+
+
+def _on_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _free_memory(device: torch.device | str) -> int:
+    """Bytes that a CUDA device can still give, those that torch keeps for itself included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class _Laps:

@@ -1,5 +1,6 @@
 """Z-Image and Z-Image-Turbo: how several candidates go through the DiT at once."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from .._torchvision import mend_torchvision
 mend_torchvision()
 
 from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
-from diffsynth.pipelines.z_image import model_fn_z_image  # noqa: E402
+from diffsynth.pipelines.z_image import model_fn_z_image, model_fn_z_image_turbo  # noqa: E402
 
 from .base import SESUnit  # noqa: E402
 
@@ -19,10 +20,16 @@ from .base import SESUnit  # noqa: E402
 class ZImage(SESUnit, PipelineUnit):
     """The search's unit for `ZImagePipeline`."""
 
-    def batched_model_fn(self, pipe: Any, shared: dict[str, Any]) -> Callable[..., Tensor] | None:
-        stock = pipe.model_fn is model_fn_z_image and pipe.dit.siglip_embedder is None
-        extras = ("control_context", "image_latents", "image_embeds")
-        return batched_forward if stock and all(shared.get(name) is None for name in extras) else None
+    model_fn = staticmethod(model_fn_z_image)
+    takes = frozenset(inspect.signature(model_fn_z_image_turbo).parameters)  # model_fn hands it what it does not name
+    together = frozenset({"latents", "prompt_embeds"})
+
+    def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        omni = pipe.dit.siglip_embedder is not None  # another forward
+        return None if omni else super().model_fn_together(pipe, inputs)
+
+    def forward_together(self, **inputs: Any) -> Tensor:
+        return forward_together(**inputs)
 
     def decode(
         self,
@@ -33,7 +40,7 @@ class ZImage(SESUnit, PipelineUnit):
         return pipe.vae_decoder(latents)
 
 
-def batched_forward(
+def forward_together(
     dit: Any,
     latents: Tensor,  # [n, C, h, w], candidates for one prompt
     timestep: Tensor,  # [1], 1000 is noise
