@@ -1,0 +1,118 @@
+"""The measurements: that what is compared is the same, and that what is counted is right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_hps import checkpoint, img_score  # noqa: F401  fixtures
+from test_rewards import make_images
+
+from bench import end_to_end, floor
+from bench.baseline import Flow, HPSScore
+from bench.floor import Rates, Work
+from ses_fast import embedded
+from ses_fast.rewards.hps import HPSReward
+
+PROMPT = "two red squares left of three blue rings"
+SHORT = end_to_end.Model({"num_inference_steps": 1}, level=1, device="cpu", dtype=torch.float32, budget=12, rounds=1)
+TOLERANCE = {"counted": 0.02, "hps": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("family", "denoise_ms", "decode_ms"),
+    [
+        pytest.param("z-image-turbo", 573, 13.3, id="z-image-turbo"),
+        pytest.param("flux.2-klein-4b", 176, 13.3, id="klein-its-latents-are-packed"),
+    ],
+)
+def test_the_floor_of_the_real_modules(family, denoise_ms, decode_ms):
+    """Figures that were counted independently, at 790 TFLOP/s and 3.0 TB/s."""
+    works = floor.family_stages(family)
+    found = {stage: 1e3 * work.seconds(floor.RATES["h100"]) for stage, work in works.items()}
+    expected = {"denoise": denoise_ms, "decode": decode_ms, "reward": 0.42, "preprocess": 0.0022}
+    for stage, value in expected.items():
+        assert found[stage] == pytest.approx(value, rel=TOLERANCE["counted"]), stage
+    half = floor.family_stages(family, num_inference_steps=2)["denoise"]
+    assert half.operations == works["denoise"].operations * 2 / (8 if family == "z-image-turbo" else 4)
+
+
+def test_count_by_hand():
+    linear = torch.nn.Linear(64, 32, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(10, 64, device="meta", dtype=torch.bfloat16)
+    query, key = (torch.empty(2, 4, n, 16, device="meta") for n in (10, 7))
+    work = floor.count(lambda: (linear(x), F.scaled_dot_product_attention(query, key, key)), traffic=5)
+    attention = 2 * 2 * (2 * 4 * 10 * 7 * 16)  # two products, two operations each
+    assert work == Work(2 * 10 * 64 * 32 + attention, attention, 2 * (64 * 32 + 32), 5)
+
+
+def test_a_stage_takes_the_longer_of_its_bounds():
+    work = Work(operations=100, attention=40, weights=30, traffic=10)
+    assert work.seconds(Rates(matrix=10, memory=100)) == 10
+    assert work.seconds(Rates(matrix=10, memory=100, attention=4)) == 16
+    assert work.seconds(Rates(matrix=1e9, memory=1)) == 40
+    assert work.seconds(Rates(matrix=1e9, memory=1), batch=3) == 20  # weights are read once a batch
+
+
+def test_the_flow_is_the_stock_call():
+    pipe = embedded.load_pipeline()
+    call = {"seed": 3, "num_inference_steps": 2, "height": 128, "width": 64, "progress_bar_cmd": list}
+    flow = Flow(pipe, PROMPT, **call)
+    assert flow.render(flow.base).tobytes() == pipe(PROMPT, **call).tobytes()
+    other = flow.render(torch.randn(flow.base.shape, generator=torch.Generator().manual_seed(0)))
+    assert other.tobytes() != pipe(PROMPT, **call).tobytes()
+    assert all(flow.seconds[stage] > 0 for stage in ("prompt", "denoise", "decode"))
+
+
+def test_flux2s_packed_noise_is_searched_as_an_image():
+    noise = torch.randn(1, 128, 8, 4)
+    flow = Flow.__new__(Flow)
+    flow.shared = {"noise": noise.reshape(1, 128, 32).permute(0, 2, 1), "height": 128, "width": 64}  # as its unit does
+    assert torch.equal(flow.base, noise)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.cuda.amp, in hpsv2
+def test_the_baselines_hps_is_the_rewards(img_score, checkpoint):  # noqa: F811
+    """hpsv2's own preprocessing and cosine."""
+    from PIL import Image
+
+    reward = HPSReward.from_file(checkpoint, "hps-small", device="cpu")
+    images = make_images(96, 160)
+    pixels = ((images + 1) * 127.5).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    score = HPSScore(reward.model, reward.tokenizer, img_score.model_dict["preprocess_val"], PROMPT)
+    found = torch.tensor([score(Image.fromarray(image)) for image in pixels])
+    torch.testing.assert_close(found, reward(images, PROMPT), atol=TOLERANCE["hps"], rtol=0)
+
+
+@pytest.fixture(scope="module")
+def contest():
+    return end_to_end.Contest("embedded", SHORT)
+
+
+def test_both_ways_see_the_same(contest):
+    rows = {"eager": end_to_end.ROWS["eager"]}
+    apart = contest.check(rows)
+    assert apart["eager"] < 0.05 * apart["spread"]
+    times = contest.race(rows, 1)
+    assert times.keys() == {"baseline", "eager"}
+    figures = end_to_end.summarise(times["eager"], {"total": 1.0}, {"total": 0.5})
+    assert 0 < figures["overhead"] < 0.5 and figures["x floor, attention at its own rate"] == 2 * figures["x floor"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        pytest.param({"dwt_level": 2}, "not close", id="other-candidates"),
+        pytest.param({"score": 0.1}, "scores differ", id="other-scores"),
+    ],
+)
+def test_what_differs_is_not_timed(contest, monkeypatch, broken, message):
+    rows = {"eager": end_to_end.ROWS["eager"]}
+    if "score" in broken:
+        stock = contest.reward
+        monkeypatch.setattr(contest, "reward", lambda images, prompt: stock(images, prompt) + broken["score"])
+    else:
+        evolve = end_to_end.ses_fast.evolve
+        monkeypatch.setattr(end_to_end.ses_fast, "evolve", lambda *a, **k: evolve(*a, **(k | broken)))
+    monkeypatch.setattr(contest, "race", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(end_to_end, "Contest", lambda *_: contest)
+    with pytest.raises(AssertionError, match=message):
+        end_to_end.measure("embedded", SHORT, rows)
