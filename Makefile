@@ -5,7 +5,7 @@ PIP_ARGS ?=
 READY := .venv/.ready
 RUN := .venv/bin
 
-.PHONY: demo test test-slow lint bench
+.PHONY: demo test test-slow lint bench bench-compare bench-embedded readme-tables
 
 demo: $(READY)
 	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 0 --out out/
@@ -21,9 +21,20 @@ lint: $(READY)
 	$(RUN)/ruff check
 	$(RUN)/mypy ses_fast kernels
 
+# Every op, and whole searches with the embedded model: one file in bench/results. On a GPU machine: bench/gpu.sh.
 bench: $(READY)
-	$(RUN)/python -m bench.ops
-	$(RUN)/python -m bench.cpu
+	$(RUN)/python -m bench.ops --out out/ops.json
+	$(RUN)/python -m bench.cpu --out out/cpu.json
+	$(RUN)/python -m bench.end_to_end embedded --out out/searches.json
+	$(RUN)/python -m bench.collect out/ops.json out/cpu.json out/searches.json
+
+bench-compare: $(READY)
+	$(RUN)/python -m bench.compare
+
+readme-tables: $(READY)
+	$(RUN)/python -m bench.readme_tables
+
+bench-embedded: $(READY)
 	$(RUN)/python -m bench.embedded
 
 $(READY): pyproject.toml setup.py constraints.txt

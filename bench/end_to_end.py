@@ -6,11 +6,14 @@ Times with --threads CPU threads; on a GPU the clock is read when it has done it
 """
 
 import argparse
+import gc
 import inspect
 import json
 import statistics
+import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from bench.baseline import CLIPScore, Flow, clock
 from bench.environment import environment
 from bench.families import FAMILIES, build, clip_h, clip_tokenizer
 from bench.floor import Rates, family_stages, measured
-from ses_fast import embedded
+from ses_fast import embedded, pipelines
 from ses_fast.rewards.clip import CLIPReward
 
 PROMPT = "two red squares left of three blue rings"
@@ -259,12 +262,7 @@ def attention_backend() -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The Markdown of a result file."""
-    about = result["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     lines = [
-        f"{about['device']}, {result['threads']} CPU threads, {about['date']}, commit {about['commit']}; "
-        f"Python {about['python']}, {versions}.",
-        "",
         "| model | search | s | x faster | denoise s | decode s | reward s | final s | overhead | x floor |",
         "|---" * 10 + "|",
     ]
@@ -275,21 +273,30 @@ def table(result: dict[str, Any]) -> str:
             cells = [f"{name}, budget {figures['budget']}, {figures['steps']} steps", what, f"{seconds['total']:.2f}"]
             cells.append("1" if way == "baseline" else f"{row['x baseline']:.2f}")
             cells += [f"{seconds[stage]:.2f}" for stage in ("denoise", "decode", "reward", "final")]
-            floor = f"{row['x floor']:.2f}"
-            if result["environment"]["device"] != "cpu" and figures["attention"]:
-                floor += f" ({row['x floor, attention at its own rate']:.2f})"
+            floor = f"{row['x floor']:.2f} ({row['x floor, attention at its own rate']:.2f})"
             lines.append("| " + " | ".join([*cells, f"{row['overhead']:.1%}", floor]) + " |")
     lines += [
         "",
-        "x floor: over the least time that this machine's own rates allow; in brackets with attention at its own",
+        "x floor: over the least time at this machine's own matrix and memory rates; in brackets with attention at its "
+        "own measured rate. Overhead: all that is not denoising, decoding, reward model or final image.",
     ]
-    lines += [f"measured rate. Attention: {', '.join(sorted({f['attention'] for f in result['models'].values()}))}."]
     for name, figures in result["models"].items():
-        if figures["memory"] is not None:
-            lines.append(f"{name}: peak memory {figures['memory']:.3f} times the plain call's with the reward loaded.")
-    for name, way in result["left_out"]:
-        lines.append(f"Not measured: {name}, {ROWS[way].what}.")
+        rates = figures["rates"]
+        lines.append(
+            f"{name}: attention by {figures['attention']}; {rates['matrix'] / 1e12:.3g} TFLOP/s, attention "
+            f"{rates['attention'] / 1e12:.3g}, {rates['memory'] / 1e12:.3g} TB/s; scores apart by at most "
+            + ", ".join(f"{figures['apart'][way]:.2g}" for way in figures["rows"] if way != "baseline")
+            + (f"; peak memory {figures['memory']:.3f} of the plain call's." if figures["memory"] else ".")
+        )
+    lines += [f"Not measured: {name}, {ROWS[way].what}." for name, way in result["left_out"]]
+    lines += [f"FAILED: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines)
+
+
+def usable(name: str, row: Row) -> bool:
+    """Whether this version of ses_fast has what the row asks for, and knows the model's pipeline."""
+    known = name == "embedded" or FAMILIES[name].pipeline.partition(":")[2] in pipelines.FAMILIES
+    return known and set(row.enable) <= set(inspect.signature(ses_fast.enable).parameters)
 
 
 def main() -> None:
@@ -308,23 +315,29 @@ def main() -> None:
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     torch.set_num_threads(arguments.threads)
-    rows = {name: ROWS[name] for name in arguments.rows}
-    can = inspect.signature(ses_fast.enable).parameters
-    usable = {name: row for name, row in rows.items() if set(row.enable) <= set(can)}
     changes = {"rounds": arguments.rounds, "budget": arguments.budget, "batch_size": arguments.batch}
     changes = {key: value for key, value in changes.items() if value is not None}
     names = arguments.models or here
     device = "cuda" if any(MODELS[name].device == "cuda" for name in names) else "cpu"
-    result: dict[str, Any] = {"environment": environment(device), "threads": arguments.threads, "models": {}}
-    result["left_out"] = [(name, way) for name in names for way in rows if way not in usable]
+    result: dict[str, Any] = {"environment": environment(device), "threads": arguments.threads}
+    result |= {"models": {}, "left_out": [(name, way) for name in names for way in arguments.rows], "failed": {}}
     for name in names:
-        print(f"{name} ...", flush=True)
-        model = Model(**{**vars(MODELS[name]), **changes})
-        result["models"][name] = measure(name, model, usable)
+        rows = {way: ROWS[way] for way in arguments.rows if usable(name, ROWS[way])}
+        if rows:
+            print(f"{name} ...", flush=True)
+            try:
+                result["models"][name] = measure(name, replace(MODELS[name], **changes), rows)
+            except (AssertionError, RuntimeError) as error:
+                traceback.print_exc()
+                result["failed"][name] = str(error).strip().partition("\n")[0]
+            result["left_out"] = [pair for pair in result["left_out"] if pair[0] != name or pair[1] not in rows]
+            gc.collect()
+            torch.cuda.empty_cache()
         if arguments.out:  # what is measured stays, whatever becomes of the next
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(table(result))
+    sys.exit(bool(result["failed"]))
 
 
 if __name__ == "__main__":

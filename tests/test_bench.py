@@ -1,12 +1,15 @@
 """The measurements: that what is compared is the same, and that what is counted is right."""
 
+import json
+import subprocess
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_hps import checkpoint, img_score  # noqa: F401  fixtures
 from test_rewards import make_images
 
-from bench import end_to_end, floor
+from bench import collect, compare, end_to_end, floor, readme_tables
 from bench.baseline import Flow, HPSScore
 from bench.floor import Rates, Work
 from ses_fast import embedded
@@ -116,3 +119,113 @@ def test_what_differs_is_not_timed(contest, monkeypatch, broken, message):
     monkeypatch.setattr(end_to_end, "Contest", lambda *_: contest)
     with pytest.raises(AssertionError, match=message):
         end_to_end.measure("embedded", SHORT, rows)
+
+
+ABOUT = {
+    "device": "Some CPU",
+    "cores": 2,
+    "python": "3.11",
+    "versions": {"torch": "2"},
+    "date": "2026-01-01",
+    "commit": "abc",
+}
+
+
+def result_of(date="2026-01-01", device="Some CPU", speedup=(3.0, 3.1, 2.9), floor=2.0):
+    """A result file of one op and one search."""
+    middle = sorted(speedup)[len(speedup) // 2]
+    row = {
+        "seconds": dict.fromkeys(("total", "denoise", "decode", "reward", "final"), 6.0),
+        "overhead": 0.004,
+        "x floor": 1.5,
+        "x floor, attention at its own rate": 1.4,
+    }
+    figures = {
+        "budget": 50,
+        "steps": 8,
+        "rows": {"baseline": row, "eager": row | {"x baseline": middle, "x baseline, all": list(speedup)}},
+        "rates": {"matrix": 1e12, "attention": 1e12, "memory": 1e12},
+        "apart": {"eager": 0.001},
+        "attention": "torch",
+        "memory": None,
+    }
+    about = ABOUT | {"date": date, "device": device}
+    extra = {"row": "an op|torch", "floor": floor, "copy_GB/s": 10.0, "GB/s": 5.0, "environment": about}
+    stats = {"median": 1.0, "iqr": 0.01, "min": 0.9, "rounds": 10, "data": [1.0]}
+    searches = {"environment": about, "threads": 2, "models": {"embedded": figures}}
+    searches |= {"left_out": [("embedded", "compile")], "failed": {}}
+    return collect.collected({"benchmarks": [{"stats": stats, "extra_info": extra}]}, searches)
+
+
+def test_what_moved_is_beyond_the_noise():
+    assert compare.moved(result_of(), result_of()) == []
+    assert compare.moved(result_of(floor=2.0), result_of(floor=2.1)) == []
+    assert compare.moved(result_of(floor=2.0), result_of(floor=3.0)) == ["slower x1.50 (noise x1.10): an op|torch"]
+    assert compare.moved(result_of(floor=3.0), result_of(floor=2.0)) == ["faster x1.50 (noise x1.10): an op|torch"]
+    steady, spread = result_of(speedup=(2.0, 2.0, 2.0)), result_of(speedup=(1.0, 1.5, 2.0))
+    assert compare.moved(result_of(), spread) == []  # its rounds differ by as much
+    assert compare.moved(result_of(), steady) == ["slower x1.50 (noise x1.13): search embedded|eager"]
+    lost = result_of() | {"benchmarks": []}
+    assert compare.moved(result_of(), lost) == ["no longer measured: an op|torch"]
+    assert compare.moved(lost, result_of()) == ["not measured before: an op|torch"]
+
+
+def test_only_what_is_committed_on_such_a_device_is_compared_with(tmp_path, monkeypatch):
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(compare, "RESULTS", folder)
+
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name, result in {
+        "a": result_of("2026-01-01"),
+        "b": result_of("2026-01-03"),
+        "c": result_of("2026-01-04", device="Other"),
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "results")
+    (folder / "d.json").write_text(json.dumps(result_of("2026-01-09")))
+    assert compare.committed(result_of())[0] == "bench/results/b.json"
+    assert compare.committed(result_of(device="Third")) is None
+
+
+def test_one_file_holds_the_run():
+    result = result_of()
+    assert "data" not in result["benchmarks"][0]["stats"]  # what would make it large
+    text = collect.markdown(result)
+    for part in ("Some CPU", "commit abc", "| 3.00 |", "1.50 (1.40)", "an op", "Not measured: embedded, (b)"):
+        assert part in text
+    assert collect.name_of(result["environment"]) == "some-cpu-2-cores-2026-01-01"
+    only_ops = collect.collected({"benchmarks": result["benchmarks"]}, None)
+    assert "Not measured." in collect.markdown(only_ops)
+    with pytest.raises(ValueError, match="nothing was measured"):
+        collect.collected(None, None)
+
+
+def test_the_readmes_table_says_what_was_not_measured():
+    old, new = result_of("2026-01-01", speedup=(9.0,)), result_of("2026-01-02", speedup=(3.0,))
+    lines = readme_tables.performance([new, old]).splitlines()
+    assert len([line for line in lines if "Some CPU" in line]) == 1 and "| 3.00 |" in lines[2]
+    assert all("not measured" in line for line in lines[3:])
+    assert len(lines) == 2 + len(end_to_end.MODELS) * len(end_to_end.ROWS)
+    with pytest.raises(ValueError, match="lacks"):
+        readme_tables.written("no marks", [])
+
+
+def test_the_readme_is_up_to_date():
+    """`make readme-tables` has been run after the last result."""
+    results = [json.loads(path.read_text()) for path in sorted(collect.RESULTS.glob("*.json"))]
+    readme = readme_tables.README.read_text()
+    assert readme_tables.written(readme, results) == readme
+
+
+def test_every_result_says_what_it_was_measured_on():
+    for path in collect.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}, path.name
+        assert path.stem == collect.name_of(result["environment"])
+        assert path.with_suffix(".md").read_text() == collect.markdown(result)

@@ -1,0 +1,101 @@
+"""What moved since the last committed run on the same kind of device: `python -m bench.compare [result.json]`.
+
+Compares ratios to a reference of the same run (of an op to a copy of as many bytes, of a search to the documented
+flow), never times: another day's clock, or neighbours, move both. A ratio has moved when it is further off than both
+runs' own spread explains.
+"""
+
+import argparse
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.collect import RESULTS
+
+LEAST = 0.1  # a change below this is never called one
+SPREADS = 2.0  # nor one below so many of the runs' spreads
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Lower is better; `spread` is relative."""
+
+    value: float
+    spread: float
+
+
+def ratios(result: dict[str, Any]) -> dict[str, Ratio]:
+    """Every ratio of a result file by its name."""
+    found = {}
+    for each in result["benchmarks"]:
+        info, stats = each["extra_info"], each["stats"]
+        found[info["row"]] = Ratio(info.get("graph_floor", info["floor"]), stats["iqr"] / stats["median"])
+    for name, figures in result["models"].items():
+        for way, row in figures["rows"].items():
+            if way != "baseline":
+                each = row["x baseline, all"]
+                found[f"search {name}|{way}"] = Ratio(
+                    1 / row["x baseline"], (max(each) - min(each)) / row["x baseline"]
+                )
+    return found
+
+
+def moved(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each ratio that changed beyond the noise, the worst first; one for each that is gone or new."""
+    before, after = ratios(old), ratios(new)
+    changes = []
+    for name in before.keys() & after.keys():
+        change = after[name].value / before[name].value
+        noise = max(LEAST, SPREADS * (before[name].spread + after[name].spread))
+        if not 1 / (1 + noise) <= change <= 1 + noise:
+            changes.append((change, noise, name))
+    lines = [
+        f"{'slower' if change > 1 else 'faster'} x{max(change, 1 / change):.2f} (noise x{1 + noise:.2f}): {name}"
+        for change, noise, name in sorted(changes, reverse=True)
+    ]
+    lines += [f"no longer measured: {name}" for name in sorted(before.keys() - after.keys())]
+    return lines + [f"not measured before: {name}" for name in sorted(after.keys() - before.keys())]
+
+
+def committed(like: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The last committed result of the same kind of device, and its name."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        ).stdout
+
+    found = []
+    for path in git("ls-tree", "-r", "--name-only", "--full-tree", "HEAD", "bench/results").splitlines():
+        if path.endswith(".json"):
+            result = json.loads(git("show", f"HEAD:{path}"))
+            if all(result["environment"][key] == like["environment"][key] for key in ("device", "cores")):
+                found.append((result["environment"]["date"], path, result))
+    return max(found, key=lambda each: each[:2])[1:] if found else None
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, nargs="?", help="the newest file of bench/results when not given")
+    parser.add_argument("--against", type=Path, help="a file, instead of the last committed one")
+    arguments = parser.parse_args()
+    path = arguments.result or max(RESULTS.glob("*.json"), key=lambda each: each.stat().st_mtime, default=None)
+    if path is None:
+        parser.error("there is no result yet: run `make bench`")
+    new = json.loads(path.read_text())
+    if arguments.against:
+        name, old = str(arguments.against), json.loads(arguments.against.read_text())
+    elif last := committed(new):
+        name, old = last
+    else:
+        print(f"{path}: no committed run on {new['environment']['device']}, {new['environment']['cores']} cores")
+        return
+    print(f"{path} against {name} (commit {old['environment']['commit']}):")
+    print("\n".join(moved(old, new)) or "nothing moved beyond the noise")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in ten minutes: bench/gpu.sh [wheel ...]
+#
+# The GPU tests, the op benches and the searches that fit; one JSON and one Markdown file in $OUT (out/gpu when unset).
+# Needs Python with torch, triton, transformers, pytest and pytest-benchmark; of what else the searches need (diffsynth,
+# modelscope, imageio, PyWavelets), the wheels that are named are unpacked for this run alone. Installs nothing.
+set -u -o pipefail
+limit=600
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=${OUT:-$root/out/gpu}
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+for wheel in "$@"; do "$python" -m zipfile -e "$wheel" "$work/wheels" || exit 2; done
+# As a wheel lays it out: the kernels inside the package.
+cp -r "$root/ses_fast" "$root/bench" "$root/tests" "$root/pyproject.toml" "$work/"
+cp -r "$root/kernels" "$work/ses_fast/kernels"
+export PYTHONPATH="$work:$work/wheels" PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+# So that the results name the commit.
+if [ -e "$root/.git" ]; then export GIT_DIR="$root/.git" GIT_WORK_TREE="$root"; fi
+cd "$work" || exit 2
+
+failed=0
+part() { # part NAME SECONDS COMMAND...: within what is left of the ten minutes
+    local name=$1 most=$2 left=$((limit - 10 - SECONDS))
+    shift 2
+    if [ "$left" -lt 10 ]; then echo "$name: no time left"; failed=1; return; fi
+    timeout -k 5 "$((left < most ? left : most))" "$@" >"$out/$name.log" 2>&1
+    local status=$?
+    tail -n 3 "$out/$name.log"
+    echo "$name: exit $status, $SECONDS s since the start; $out/$name.log"
+    if [ "$status" != 0 ]; then failed=1; fi
+}
+
+rm -f "$out/ops.json" "$out/end_to_end.json"
+part tests 150 "$python" -m pytest -q -p no:cacheprovider --require-gpu -m gpu tests/test_kernels_gpu.py
+if [ "$failed" != 0 ]; then
+    echo "The kernels are wrong or were not run to the end: nothing is timed."
+    exit 1
+fi
+part ops 150 "$python" -m pytest -q -p no:cacheprovider bench/test_bench_ops.py --benchmark-json "$out/ops.json"
+part end_to_end 400 "$python" -m bench.end_to_end flux.2-klein-4b z-image-turbo flux.1-dev --out "$out/end_to_end.json"
+"$python" -m bench.collect --ops "$out/ops.json" --end-to-end "$out/end_to_end.json" --into "$out" || failed=1
+exit "$failed"
