@@ -229,3 +229,28 @@ def test_every_result_says_what_it_was_measured_on():
         assert result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}, path.name
         assert path.stem == collect.name_of(result["environment"])
         assert path.with_suffix(".md").read_text() == collect.markdown(result)
+
+
+def test_compiled_blocks_are_not_the_baselines(contest, monkeypatch):
+    """A row whose `enable` changes the models has a pipeline of its own, made once."""
+    given = []
+
+    def enable(pipe, **options):
+        if options:
+            given.append(pipe)
+        return stock(pipe)
+
+    stock = end_to_end.ses_fast.enable
+    monkeypatch.setattr(end_to_end.ses_fast, "enable", enable)
+    for _ in range(2):
+        assert contest.ours(end_to_end.ROWS["compile"], 1).evaluations == 1
+    assert given[0] is given[1] and given[0].dit is not contest.pipe.dit
+    assert torch.equal(given[0].dit.x_pad_token, contest.pipe.dit.x_pad_token)
+
+
+def test_only_what_this_version_can_do_is_run(monkeypatch):
+    row = end_to_end.Row("with what it lacks", enable={"fly": True})
+    assert end_to_end.usable("embedded", end_to_end.ROWS["eager"]) and not end_to_end.usable("embedded", row)
+    monkeypatch.setattr(end_to_end.pipelines, "FAMILIES", {"ZImagePipeline": ""})
+    assert end_to_end.usable("z-image-turbo", end_to_end.ROWS["eager"])
+    assert not end_to_end.usable("flux.1-dev", end_to_end.ROWS["eager"])
