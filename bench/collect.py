@@ -1,81 +1,75 @@
-"""One JSON and one Markdown file of a run: `python -m bench.collect --ops ops.json --end-to-end end.json`.
+"""One JSON and one Markdown file of a run: `python -m bench.collect out/ops.json out/cpu.json out/searches.json`.
 
-Keeps of pytest-benchmark's JSON what its table and bench.compare read. Either part may be missing, and is then said to
-be.
+Each is told by its name, and one that is not there is said to be not measured. Writes
+bench/results/<device>-<date>-bench.json and .md.
 """
 
 import argparse
 import json
-import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end
-from bench import table as ops
+from bench.ops import RESULTS, result_path
+from bench.table import table
 
-RESULTS = Path(__file__).parent / "results"
-STATS = ("median", "iqr", "min", "rounds")
+# Imported when there is such a part: they need diffsynth.
+PARTS = {
+    "ops": ("Operators, beside a copy of as many bytes", table),
+    "cpu": (
+        "Operators on the CPU, beside what they replace",
+        lambda result: import_module("bench.cpu").markdown(result["rows"]),
+    ),
+    "searches": (
+        "Whole searches, beside the documented flow",
+        lambda result: import_module("bench.end_to_end").table(result),
+    ),
+}
 
 
-def collected(of_ops: dict[str, Any] | None, of_searches: dict[str, Any] | None) -> dict[str, Any]:
-    """The two in one; raises ValueError where both are missing."""
-    benchmarks = [
-        {"stats": {name: each["stats"][name] for name in STATS}, "extra_info": each["extra_info"]}
-        for each in (of_ops or {}).get("benchmarks", [])
-        if "row" in each["extra_info"]  # of one that failed
-    ]
-    if not benchmarks and of_searches is None:
-        raise ValueError("nothing was measured: neither ops nor searches")
-    about = of_searches["environment"] if of_searches else benchmarks[0]["extra_info"]["environment"]
-    searches = of_searches or {"threads": None, "models": {}, "left_out": [], "failed": {}}
-    return {"environment": about, **searches, "benchmarks": benchmarks}
+def collected(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The parts in one, under what they were measured on; raises ValueError where there is none, or two devices."""
+    if not parts:
+        raise ValueError(f"nothing was measured: none of {', '.join(PARTS)}")
+    places = [part["environment"] for part in parts.values()]
+    if len({(place["device"], place["commit"]) for place in places}) > 1:
+        raise ValueError(f"these are of different devices or commits: {', '.join(parts)}")
+    return {"environment": places[-1], **{name: parts.get(name) for name in PARTS}}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """What was measured on what, and both tables."""
+    """What was measured on what, and the tables."""
     about = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-    threads = f", {result['threads']} CPU threads for the searches" if result["threads"] else ""
     lines = [
         f"# {about['device']}, {about['date']}",
         "",
-        f"{about['cores']} CPU cores{threads}; commit {about['commit']}; Python {about['python']}, {versions}.",
-        "",
-        "## Searches",
-        "",
-        end_to_end.table(result) if result["models"] or result["left_out"] else "Not measured.",
-        "",
-        "## Operators",
-        "",
-        ops.table(result) if result["benchmarks"] else "Not measured.",
+        f"{about['cores']} CPU cores; commit {about['commit']}; Python {about['python']}, {versions}.",
     ]
+    for name, (title, text) in PARTS.items():
+        lines += ["", f"## {title}", "", text(result[name]) if result[name] else "Not measured."]
     return "\n".join(lines) + "\n"
 
 
-def name_of(about: dict[str, Any]) -> str:
-    """device-date, as the files are called."""
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    cores = "" if "nvidia" in device else f"-{about['cores']}-cores"
-    return f"{device}{cores}-{about['date']}"
+def stored() -> list[dict[str, Any]]:
+    """Every file of bench/results that this module wrote."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-bench.json"))]
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", type=Path, help="pytest-benchmark's JSON")
-    parser.add_argument("--end-to-end", type=Path, help="bench.end_to_end's JSON")
+    parser.add_argument("files", nargs="+", type=Path, help=f"named {', '.join(PARTS)}.json")
     parser.add_argument("--into", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    parts = [
-        json.loads(path.read_text()) if path and path.is_file() else None
-        for path in (arguments.ops, arguments.end_to_end)
-    ]
-    result = collected(*parts)
+    if unknown := {path.stem for path in arguments.files} - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    result = collected({path.stem: json.loads(path.read_text()) for path in arguments.files if path.is_file()})
     arguments.into.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(result, allow_nan=False, indent=1) + "\n"), (".md", markdown(result))):
-        path = arguments.into / (name_of(result["environment"]) + suffix)
-        path.write_text(text)
-        print(path)
+    path = arguments.into / result_path(result["environment"], "-bench").name
+    path.write_text(json.dumps(result, allow_nan=False, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
+    print(f"{path}\n{path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

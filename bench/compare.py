@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.collect import RESULTS
+from bench.ops import RESULTS
 
-LEAST = 0.1  # a change below this is never called one
+LEAST = 0.15  # a change below this is never called one
 SPREADS = 2.0  # nor one below so many of the runs' spreads
 
 
@@ -29,10 +29,11 @@ class Ratio:
 def ratios(result: dict[str, Any]) -> dict[str, Ratio]:
     """Every ratio of a result file by its name."""
     found = {}
-    for each in result["benchmarks"]:
-        info, stats = each["extra_info"], each["stats"]
-        found[info["row"]] = Ratio(info.get("graph_floor", info["floor"]), stats["iqr"] / stats["median"])
-    for name, figures in result["models"].items():
+    for row in (result["ops"] or {"rows": []})["rows"]:
+        found[row["row"]] = Ratio(row.get("graph_floor", row["floor"]), row["spread"])
+    for row in (result["cpu"] or {"rows": []})["rows"]:
+        found[f"{row['what']} {tuple(row['shape'])}|beside what it replaces"] = Ratio(1 / row["times"], 0)
+    for name, figures in (result["searches"] or {"models": {}})["models"].items():
         for way, row in figures["rows"].items():
             if way != "baseline":
                 each = row["x baseline, all"]
@@ -69,7 +70,7 @@ def committed(like: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
 
     found = []
     for path in git("ls-tree", "-r", "--name-only", "--full-tree", "HEAD", "bench/results").splitlines():
-        if path.endswith(".json"):
+        if path.endswith("-bench.json"):
             result = json.loads(git("show", f"HEAD:{path}"))
             if all(result["environment"][key] == like["environment"][key] for key in ("device", "cores")):
                 found.append((result["environment"]["date"], path, result))
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("result", type=Path, nargs="?", help="the newest file of bench/results when not given")
     parser.add_argument("--against", type=Path, help="a file, instead of the last committed one")
     arguments = parser.parse_args()
-    path = arguments.result or max(RESULTS.glob("*.json"), key=lambda each: each.stat().st_mtime, default=None)
+    path = arguments.result or max(RESULTS.glob("*-bench.json"), key=lambda each: each.stat().st_mtime, default=None)
     if path is None:
         parser.error("there is no result yet: run `make bench`")
     new = json.loads(path.read_text())

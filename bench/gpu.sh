@@ -35,13 +35,13 @@ part() { # part NAME SECONDS COMMAND...: within what is left of the ten minutes
     if [ "$status" != 0 ]; then failed=1; fi
 }
 
-rm -f "$out/ops.json" "$out/end_to_end.json"
+rm -f "$out/ops.json" "$out/searches.json"
 part tests 150 "$python" -m pytest -q -p no:cacheprovider --require-gpu -m gpu tests/test_kernels_gpu.py
 if [ "$failed" != 0 ]; then
     echo "The kernels are wrong or were not run to the end: nothing is timed."
     exit 1
 fi
-part ops 150 "$python" -m pytest -q -p no:cacheprovider bench/test_bench_ops.py --benchmark-json "$out/ops.json"
-part end_to_end 400 "$python" -m bench.end_to_end flux.2-klein-4b z-image-turbo flux.1-dev --out "$out/end_to_end.json"
-"$python" -m bench.collect --ops "$out/ops.json" --end-to-end "$out/end_to_end.json" --into "$out" || failed=1
+part ops 150 "$python" -m bench.ops -p no:cacheprovider --out "$out/ops.json"
+part searches 400 "$python" -m bench.end_to_end flux.2-klein-4b z-image-turbo flux.1-dev --out "$out/searches.json"
+"$python" -m bench.collect "$out/ops.json" "$out/searches.json" --into "$out" || failed=1
 exit "$failed"

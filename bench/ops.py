@@ -28,12 +28,14 @@ def result_path(about: dict, suffix: str = "") -> Path:
 
 
 def compact(recorded: dict) -> dict:
-    """pytest-benchmark's JSON as {environment, copy_GB/s, rows: [{row, ms, bytes, GB/s, floor, graph_* on a GPU}]}."""
+    """pytest-benchmark's JSON as {environment, copy_GB/s, rows: [{row, ms, spread, bytes, GB/s, floor, graph_*}]}."""
     rows = []
     for benchmark in recorded["benchmarks"]:
         row = benchmark["extra_info"]
         about, copy_speed = row.pop("environment"), row.pop("copy_GB/s")
-        rows.append({"row": row.pop("row"), "ms": benchmark["stats"]["median"] * 1e3, **row})
+        stats = benchmark["stats"]
+        spread = stats["iqr"] / stats["median"]
+        rows.append({"row": row.pop("row"), "ms": stats["median"] * 1e3, "spread": spread, **row})
     return {"environment": about, "copy_GB/s": copy_speed, "rows": rows}
 
 

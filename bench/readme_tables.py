@@ -1,14 +1,14 @@
 """The README's performance table, made of bench/results: `python -m bench.readme_tables [--check]`."""
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.collect import RESULTS, name_of
+from bench.collect import stored
 from bench.end_to_end import MODELS, ROWS
+from bench.ops import result_path
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = re.compile(r"(?<=<!-- bench:performance -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
@@ -31,19 +31,22 @@ def performance(results: list[dict[str, Any]]) -> str:
             what = [f"{name}, {model.call['num_inference_steps']} steps", row.what]
             cells = []
             for result in latest(results):
-                figures = result["models"].get(name, {"rows": {}})
+                figures = (result["searches"] or {"models": {}})["models"].get(name, {"rows": {}})
                 if way in figures["rows"]:
-                    cells.append([*what, *_cells(result, figures, way)])
+                    cells.append([*what, *_cells(result, name, way)])
             for line in cells or [[*what, "not measured", *[""] * (len(COLUMNS) - 3)]]:
                 lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(result: dict[str, Any], figures: dict[str, Any], way: str) -> list[str]:
-    about, row = result["environment"], figures["rows"][way]
-    place = f"{about['device']}, {result['threads']} threads" if "nvidia" not in name_of(about) else about["device"]
+def _cells(result: dict[str, Any], name: str, way: str) -> list[str]:
+    about, figures = result["environment"], result["searches"]["models"][name]
+    row = figures["rows"][way]
+    place = about["device"]
+    if MODELS[name].device == "cpu":
+        place += f", {result['searches']['threads']} threads"
     return [
-        f"[{place}](bench/results/{name_of(about)}.md), budget {figures['budget']}",
+        f"[{place}](bench/results/{result_path(about, '-bench').with_suffix('.md').name}), budget {figures['budget']}",
         f"{figures['rows']['baseline']['seconds']['total']:.2f}",
         f"{row['seconds']['total']:.2f}",
         f"{row['x baseline']:.2f}",
@@ -64,8 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where it is out of date")
     arguments = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    now = written(README.read_text(), results)
+    now = written(README.read_text(), stored())
     if arguments.check:
         sys.exit(now != README.read_text() and "the README's table is out of date: run `make readme-tables`")
     README.write_text(now)

@@ -12,6 +12,7 @@ from test_rewards import make_images
 from bench import collect, compare, end_to_end, floor, readme_tables
 from bench.baseline import Flow, HPSScore
 from bench.floor import Rates, Work
+from bench.ops import result_path
 from ses_fast import embedded
 from ses_fast.rewards.hps import HPSReward
 
@@ -150,22 +151,22 @@ def result_of(date="2026-01-01", device="Some CPU", speedup=(3.0, 3.1, 2.9), flo
         "memory": None,
     }
     about = ABOUT | {"date": date, "device": device}
-    extra = {"row": "an op|torch", "floor": floor, "copy_GB/s": 10.0, "GB/s": 5.0, "environment": about}
-    stats = {"median": 1.0, "iqr": 0.01, "min": 0.9, "rounds": 10, "data": [1.0]}
-    searches = {"environment": about, "threads": 2, "models": {"embedded": figures}}
-    searches |= {"left_out": [("embedded", "compile")], "failed": {}}
-    return collect.collected({"benchmarks": [{"stats": stats, "extra_info": extra}]}, searches)
+    op = {"row": "an op|torch", "ms": 1.0, "spread": 0.01, "floor": floor, "GB/s": 5.0}
+    beside = {"what": "resize", "shape": [3, 8, 8], "ours": 1.0, "theirs": 2.0, "times": 2.0, "bar": 1.0}
+    searches = {"threads": 2, "models": {"embedded": figures}, "left_out": [("embedded", "compile")], "failed": {}}
+    parts = {"ops": {"copy_GB/s": 10.0, "rows": [op]}, "cpu": {"rows": [beside]}, "searches": searches}
+    return collect.collected({name: {"environment": about, **part} for name, part in parts.items()})
 
 
 def test_what_moved_is_beyond_the_noise():
     assert compare.moved(result_of(), result_of()) == []
     assert compare.moved(result_of(floor=2.0), result_of(floor=2.1)) == []
-    assert compare.moved(result_of(floor=2.0), result_of(floor=3.0)) == ["slower x1.50 (noise x1.10): an op|torch"]
-    assert compare.moved(result_of(floor=3.0), result_of(floor=2.0)) == ["faster x1.50 (noise x1.10): an op|torch"]
+    assert compare.moved(result_of(floor=2.0), result_of(floor=3.0)) == ["slower x1.50 (noise x1.15): an op|torch"]
+    assert compare.moved(result_of(floor=3.0), result_of(floor=2.0)) == ["faster x1.50 (noise x1.15): an op|torch"]
     steady, spread = result_of(speedup=(2.0, 2.0, 2.0)), result_of(speedup=(1.0, 1.5, 2.0))
     assert compare.moved(result_of(), spread) == []  # its rounds differ by as much
-    assert compare.moved(result_of(), steady) == ["slower x1.50 (noise x1.13): search embedded|eager"]
-    lost = result_of() | {"benchmarks": []}
+    assert compare.moved(result_of(), steady) == ["slower x1.50 (noise x1.15): search embedded|eager"]
+    lost = result_of() | {"ops": None}
     assert compare.moved(result_of(), lost) == ["no longer measured: an op|torch"]
     assert compare.moved(lost, result_of()) == ["not measured before: an op|torch"]
 
@@ -184,26 +185,26 @@ def test_only_what_is_committed_on_such_a_device_is_compared_with(tmp_path, monk
         "b": result_of("2026-01-03"),
         "c": result_of("2026-01-04", device="Other"),
     }.items():
-        (folder / f"{name}.json").write_text(json.dumps(result))
+        (folder / f"{name}-bench.json").write_text(json.dumps(result))
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "results")
-    (folder / "d.json").write_text(json.dumps(result_of("2026-01-09")))
-    assert compare.committed(result_of())[0] == "bench/results/b.json"
+    (folder / "d-bench.json").write_text(json.dumps(result_of("2026-01-09")))
+    assert compare.committed(result_of())[0] == "bench/results/b-bench.json"
     assert compare.committed(result_of(device="Third")) is None
 
 
-def test_one_file_holds_the_run():
+def test_one_file_holds_the_run(tmp_path):
     result = result_of()
-    assert "data" not in result["benchmarks"][0]["stats"]  # what would make it large
     text = collect.markdown(result)
-    for part in ("Some CPU", "commit abc", "| 3.00 |", "1.50 (1.40)", "an op", "Not measured: embedded, (b)"):
+    for part in ("Some CPU", "commit abc", "| 3.00 |", "1.50 (1.40)", "an op", "resize", "Not measured: embedded, (b)"):
         assert part in text
-    assert collect.name_of(result["environment"]) == "some-cpu-2-cores-2026-01-01"
-    only_ops = collect.collected({"benchmarks": result["benchmarks"]}, None)
-    assert "Not measured." in collect.markdown(only_ops)
+    only_ops = collect.collected({"ops": result["ops"]})
+    assert collect.markdown(only_ops).count("Not measured.") == 2
     with pytest.raises(ValueError, match="nothing was measured"):
-        collect.collected(None, None)
+        collect.collected({})
+    with pytest.raises(ValueError, match="different devices"):
+        collect.collected({"ops": result_of(device="Other")["ops"], "cpu": result["cpu"]})
 
 
 def test_the_readmes_table_says_what_was_not_measured():
@@ -218,16 +219,15 @@ def test_the_readmes_table_says_what_was_not_measured():
 
 def test_the_readme_is_up_to_date():
     """`make readme-tables` has been run after the last result."""
-    results = [json.loads(path.read_text()) for path in sorted(collect.RESULTS.glob("*.json"))]
     readme = readme_tables.README.read_text()
-    assert readme_tables.written(readme, results) == readme
+    assert readme_tables.written(readme, collect.stored()) == readme
 
 
 def test_every_result_says_what_it_was_measured_on():
-    for path in collect.RESULTS.glob("*.json"):
+    for path in collect.RESULTS.glob("*-bench.json"):
         result = json.loads(path.read_text())
         assert result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}, path.name
-        assert path.stem == collect.name_of(result["environment"])
+        assert path.name == result_path(result["environment"], "-bench").name
         assert path.with_suffix(".md").read_text() == collect.markdown(result)
 
 
