@@ -475,6 +475,8 @@ def test_a_failed_call_keeps_what_was_found_and_leaves_the_pipeline_clean(pipe, 
         pipe(**BASE | SES | {"ses_reward_model": failing}, ses_eval_budget=9, ses_config=SESConfig(**QUIET))
     assert caught.value is failure and pipe.ses_result is failure.ses_result
     assert pipe.ses_result.trace == complete.trace[:5] and pipe.ses_result.stopped == "error"
+    seconds = dict(pipe.ses_result.seconds)
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), rel=0.05)
     assert loaded[-1] == [] and pipe.units[-1].request is None
     assert {k: str(v) for k, v in vars(pipe.scheduler).items()} == scheduler
     assert np.array_equal(pixels(search(pipe)[0]), pixels(whole))
@@ -616,8 +618,46 @@ def test_bad_arguments_raise_before_any_work(pipe, monkeypatch, arguments, error
         raise AssertionError("the pipeline was called")
 
     monkeypatch.setattr(pipe, "units", [SimpleNamespace(take_over=True, process=work), pipe.units[-1]])
+    pipe.ses_result = "an earlier call's"
     with pytest.raises(error, match=message):
         pipe(**BASE | SES | arguments)
+    if error is ValueError:  # the others are Python's own, before the call begins
+        assert pipe.ses_result is None or not isinstance(arguments.get("enable_ses", True), bool)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        pytest.param({"popsize": 4}, "of another search", id="another popsize"),
+        pytest.param({"k_elites": 3}, "of another search", id="other elites"),
+        pytest.param({"wavelet_name": "db2"}, "of another search", id="another wavelet"),
+        pytest.param({"dwt_level": 3}, "of another search", id="another level"),
+        pytest.param({"include_base": False}, "of another search", id="without the base"),
+        pytest.param({"seed": 5}, "its own seed or generator", id="another seed"),
+        pytest.param({"generator": torch.Generator()}, "its own seed or generator", id="a generator"),
+    ],
+)
+def test_a_state_of_another_search_is_refused_at_once(settings, message):
+    state = ses_fast.evolve(
+        torch.randn(1, 2, 8, 8), lambda z: z.mean().item(), 10, dwt_level=1, include_base=True, seed=1, progress=False
+    ).state
+    assert SESConfig(state=state).state is state
+    with pytest.raises(ValueError, match=message):
+        SESConfig(state=state, **settings)
+
+
+def test_the_winner_is_put_in_place_as_noise_too(pipe, monkeypatch):
+    """What ControlNets and image-to-image units read is `noise`."""
+    unit, answers = pipe.units[-1], []
+    process = type(unit).process
+
+    def kept(self, *args, **kwargs):
+        answers.append(process(self, *args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(type(unit), "process", kept)
+    search(pipe, budget=6)
+    assert torch.equal(answers[-1][0]["noise"], pipe.ses_result.latents)
 
 
 def test_a_unit_that_was_lost_is_not_ignored(pipe, monkeypatch):

@@ -173,6 +173,7 @@ class SESPipeline:
         if not enable_ses:
             return call(*args, **kwargs)
 
+        self.ses_result = None  # an earlier call's is not this one's
         bound = inspect.signature(call).bind(*args, **kwargs)
         given = {**bound.arguments, **bound.kwargs}  # a subclass may take some of them as **kwargs
         prompt = given.get("prompt", args[0] if args else "")
@@ -209,7 +210,6 @@ class SESPipeline:
         request = Request(config, ses_reward_model, budget, steps, search_seed, from_state=from_state)
         request.held_out = _held_out(config.report_rewards, self.device)
         request.begin = _clock(self.device)
-        self.ses_result = None
         try:
             with unit.asked(request), _noted(self.scheduler, request), _compile_clock(request):
                 image = call(*args, **kwargs)
@@ -651,6 +651,7 @@ def _search(
             seconds["other"] += seconds.pop("objective") - sum(previews.seconds.values())  # on_preview's
             seconds.update(prompt=prompt, compile=request.compiling, **previews.seconds)
             seconds["denoise"] -= request.compiling
+            seconds["total"] += prompt
     found = _clock(pipe.device)
     if request.held_out:
         held_out = previews.held_out(base, pipe.ses_result.latents)
