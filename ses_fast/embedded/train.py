@@ -1,11 +1,12 @@
 """Trains the embedded model and its two rewards from nothing: `python -m ses_fast.embedded.train --run runs/embedded`.
 
 The stages, in order (each can be named alone; a stage that is done is skipped, one that was interrupted goes on from
-its last checkpoint): autoencoder, latents, reward, heldout, model, export. Every batch is a function of the
+its last checkpoint): autoencoder, latents, reward, heldout, teacher, model, export. Every batch is a function of the
 settings' seed and the step, so an interrupted run draws what an uninterrupted one would have drawn.
 """
 
 import argparse
+import copy
 import json
 import shutil
 import time
@@ -50,10 +51,12 @@ STAGES = {
     "autoencoder": Settings(steps=2200, batch=48, lr=2e-3, seed=1, weight_decay=1e-4),
     "reward": Settings(steps=3200, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
     "heldout": Settings(steps=1500, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
-    "model": Settings(steps=6000, batch=64, lr=2e-3, seed=3, ema=0.998, muon=True),
+    "teacher": Settings(steps=6000, batch=64, lr=2e-3, seed=3, ema=0.998, muon=True),
+    "model": Settings(steps=1000, batch=64, lr=7e-4, seed=4, ema=0.98, muon=True),
 }
 MODEL_SIZES = {128: 32_000, 256: 6_000}  # pixels: how many encoded scenes
-MODEL_LARGE_FROM = 0.6  # of the steps; from here on every second batch is of the larger size
+TEACHER_LARGE_FROM = 0.6  # of its steps; from here on every second batch is of the larger size
+GUIDANCE = 2.0  # the teacher's, that the model learns
 REWARD_SCENES = 40_000
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance has a meaning
 
@@ -251,7 +254,7 @@ def encode_scenes(
     data = {}
     for size, count in MODEL_SIZES.items():
         latents_path, scenes_path = run / f"latents{size}.npy", run / f"scenes{size}.npy"
-        note, seed = run / f"latents{size}.json", STAGES["model"].seed
+        note, seed = run / f"latents{size}.json", STAGES["teacher"].seed
         inputs = {"autoencoder": asdict(STAGES["autoencoder"]), "seed": seed, "scenes": count}
         if not _is_kept(note, inputs):
             side = size // models.DOWNSCALE
@@ -329,40 +332,85 @@ class Model(nn.Module):
         return tuple(self.dit.rope_embedder(ids.to(device))[None] for ids in (text, image))
 
 
-def train_model(run: Path, data: dict, device: torch.device, compile_blocks: bool = False) -> Model:
-    """Flow matching at shift 3, as `ZImagePipeline` samples it; the larger size joins late (it costs four times)."""
-    settings = STAGES["model"]
-    torch.manual_seed(settings.seed)
-    module = Model().to(device)
+class Batches:
+    """What the denoiser is trained on: noised latents of either size and their captions, by the step."""
+
+    def __init__(self, data: dict[int, tuple[np.ndarray, np.ndarray]], settings: Settings, device: torch.device):
+        self.data, self.settings, self.device = data, settings, device
+        scenes, _ = world.split_scenes()
+        captions = [str(scene) for scene in scenes] + [""]
+        self.tokens = models.build_tokenizer()(captions, padding="max_length", return_tensors="pt")
+        self.empty = len(scenes)  # the number of the empty prompt
+
+    def draw(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(noised latents [B, 16, h, w], sigma [B], their velocity, captions [B]), of `size` pixels.
+
+        Times are logit-normal at shift 3, as `ZImagePipeline` samples; a larger size has a smaller batch.
+        """
+        generator = _torch_rng(self.settings.seed, step)
+        batch = self.settings.batch * min(MODEL_SIZES) ** 2 // size**2
+        latents, index = self.data[size]
+        chosen = torch.randint(len(index), (batch,), generator=generator).sort().values.numpy()
+        image = torch.from_numpy(latents[chosen]).to(self.device).float()
+        caption = torch.from_numpy(index[chosen])
+        caption[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = self.empty
+        uniform = torch.sigmoid(torch.randn(batch, generator=generator))
+        sigma = (3 * uniform / (1 + 2 * uniform)).to(self.device)
+        noise = torch.randn(image.shape, generator=generator).to(self.device)
+        mix = sigma[:, None, None, None]
+        return (1 - mix) * image + mix * noise, sigma, noise - image, caption
+
+    def text(self, caption: Tensor) -> tuple[Tensor, Tensor]:  # [B] -> ids, mask, [B, 32] both
+        """The captions' tokens."""
+        return tuple(self.tokens[name][caption].to(self.device) for name in ("input_ids", "attention_mask"))
+
+
+def _fit_model(name: str, module: Model, loss_of: Callable, run: Path, compile_blocks: bool) -> Model:
     if compile_blocks:
         for block in (*module.dit.noise_refiner, *module.dit.context_refiner, *module.dit.layers):
             block.compile(dynamic=False)
     # The CPU's fused attention is slower than plain matrices for heads this small, three times in the backward pass.
-    attention = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    scenes, _ = world.split_scenes()
-    captions = [str(scene) for scene in scenes] + [""]
-    tokens = models.build_tokenizer()(captions, padding="max_length", return_tensors="pt")
+    cpu = next(module.parameters()).device.type == "cpu"
+    with sdpa_kernel([SDPBackend.MATH] if cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        return fit(name, module, loss_of, run)
+
+
+def train_teacher(run: Path, data: dict, device: torch.device, compile_blocks: bool = False) -> Model:
+    """Flow matching; the larger size joins late (it costs four times)."""
+    settings = STAGES["teacher"]
+    torch.manual_seed(settings.seed)
+    module, batches = Model().to(device), Batches(data, settings, device)
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        generator = _torch_rng(settings.seed, step)
-        size = large if step >= MODEL_LARGE_FROM * settings.steps and step % 2 else small
-        batch = settings.batch * small**2 // size**2
-        latents, index = data[size]
-        chosen = torch.randint(len(index), (batch,), generator=generator).sort().values.numpy()
-        image = torch.from_numpy(latents[chosen]).to(device).float()
-        caption = torch.from_numpy(index[chosen])
-        caption[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = len(scenes)  # the empty prompt
-        uniform = torch.sigmoid(torch.randn(batch, generator=generator))
-        sigma = (3 * uniform / (1 + 2 * uniform)).to(device)
-        noise = torch.randn(image.shape, generator=generator).to(device)
-        mix = sigma[:, None, None, None]
-        ids, mask = tokens["input_ids"][caption].to(device), tokens["attention_mask"][caption].to(device)
-        velocity = module((1 - mix) * image + mix * noise, sigma, ids, mask)
-        return F.mse_loss(velocity.float(), noise - image), {}
+        size = large if step >= TEACHER_LARGE_FROM * settings.steps and step % 2 else small
+        noised, sigma, velocity, caption = batches.draw(step, size)
+        return F.mse_loss(module(noised, sigma, *batches.text(caption)).float(), velocity), {}
 
-    with sdpa_kernel(attention):
-        return fit("model", module, loss_of, run)
+    return _fit_model("teacher", module, loss_of, run, compile_blocks)
+
+
+def train_model(run: Path, teacher: Model, data: dict, device: torch.device, compile_blocks: bool = False) -> Model:
+    """Learns to predict alone what the teacher predicts with classifier-free guidance, at both sizes by turns.
+
+    So the shipped model needs one forward a step where the teacher needs two, as distilled models do.
+    """
+    settings = STAGES["model"]
+    teacher = teacher.to(device).requires_grad_(False)
+    module, batches = copy.deepcopy(teacher).requires_grad_(True).train(), Batches(data, settings, device)
+    small, large = sorted(MODEL_SIZES)
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        noised, sigma, _, caption = batches.draw(step, large if step % 2 else small)
+        with torch.no_grad():
+            both = torch.cat([caption, torch.full_like(caption, batches.empty)])
+            right, empty = (
+                teacher(torch.cat([noised] * 2), torch.cat([sigma] * 2), *batches.text(both)).float().chunk(2)
+            )
+        guided = empty + GUIDANCE * (right - empty)
+        return F.mse_loss(module(noised, sigma, *batches.text(caption)).float(), guided), {}
+
+    return _fit_model("model", module, loss_of, run, compile_blocks)
 
 
 # --- the rewards --------------------------------------------------------------------------------------------------
@@ -544,7 +592,7 @@ def export(autoencoder: Autoencoder, model: Model, rewards: dict[str, Any], out:
 class Training:
     """The stages as attributes: each is made when it is first asked for, from what the earlier ones made."""
 
-    names = ("autoencoder", "latents", "reward", "heldout", "model", "export")
+    names = ("autoencoder", "latents", "reward", "heldout", "teacher", "model", "export")
 
     def __init__(self, run: Path, device: torch.device, compile_blocks: bool):
         self.run, self.device, self.compile_blocks = run, device, compile_blocks
@@ -566,8 +614,12 @@ class Training:
         return train_reward("heldout", self.run, self.device)
 
     @cached_property
+    def teacher(self) -> Model:
+        return train_teacher(self.run, self.latents, self.device, self.compile_blocks)
+
+    @cached_property
     def model(self) -> Model:
-        return train_model(self.run, self.latents, self.device, self.compile_blocks)
+        return train_model(self.run, self.teacher, self.latents, self.device, self.compile_blocks)
 
     @cached_property
     def export(self) -> None:
