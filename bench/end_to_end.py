@@ -25,7 +25,7 @@ import ses_fast
 from bench.baseline import CLIPScore, Flow, clock
 from bench.environment import environment
 from bench.families import FAMILIES, build, clip_h, clip_tokenizer
-from bench.floor import Rates, family_stages, measured
+from bench.floor import Rates, Work, family_stages, measured
 from ses_fast import embedded, pipelines
 from ses_fast.rewards.clip import CLIPReward
 
@@ -213,11 +213,8 @@ class Contest:
         return peaks[1] / peaks[0]
 
 
-def least(contest: Contest, rates: Rates, batch: int) -> dict[str, float]:
-    """Seconds that the search and its final image take at least."""
-    model = contest.model
-    call = {key: value for key, value in model.call.items() if key in ("height", "width", "num_inference_steps")}
-    works = family_stages(contest.name, **call)
+def least(works: dict[str, Work], model: Model, rates: Rates, batch: int) -> dict[str, float]:
+    """Seconds that the search and its final image take at least, by stage."""
     floor = {stage: model.budget * work.seconds(rates, batch) for stage, work in works.items()}
     floor["final"] = works["denoise"].seconds(rates) + works["decode"].seconds(rates)
     return {**floor, "total": sum(floor.values())}
@@ -241,13 +238,15 @@ def measure(name: str, model: Model, rows: dict[str, Row]) -> dict[str, Any]:
     contest = Contest(name, model)
     memory = contest.memory()  # before the rows have pipelines of their own
     apart = contest.check(rows)
+    sizes = ("height", "width", "num_inference_steps")
+    works = family_stages(name, **{key: value for key, value in model.call.items() if key in sizes})
     rates = measured(model.device)
     plain = Rates(rates.matrix, rates.memory)
     times = contest.race(rows, model.rounds)
     figures: dict[str, Any] = {"budget": model.budget, "steps": model.call["num_inference_steps"], "rows": {}}
     for way, each in times.items():
         batch = 1 if way == "baseline" else rows[way].config.get("batch_size", model.batch_size)
-        floors = [least(contest, rate, batch) for rate in (plain, rates)]
+        floors = [least(works, model, rate, batch) for rate in (plain, rates)]
         figures["rows"][way] = summarise(each, *floors) | {"batch": batch, "floor": floors[0]}
     pairs = zip(times["baseline"], *(times[way] for way in rows), strict=True)
     ratios = [[pair[0]["total"] / each["total"] for each in pair[1:]] for pair in pairs]
