@@ -183,6 +183,93 @@ def test_shares_of_a_generation_are_the_same():
         assert share[0].equal(whole[first : first + popsize]) and share[1].equal(low[first : first + popsize])
 
 
+# ---------------------------------------------------------------- images for a reward
+
+PICTURES = [
+    pytest.param(1024, 1024, 224, id="1024"),
+    pytest.param(1328, 1328, 224, id="1328-qwen"),
+    pytest.param(928, 1664, 224, id="wide-qwen"),
+    pytest.param(1001, 999, 224, id="odd-both-ways"),
+    pytest.param(1024, 1029, 224, id="odd-cut: 225 to 224"),
+    pytest.param(130, 100, 224, id="upscale"),
+    pytest.param(224, 224, 224, id="no-pass"),
+    pytest.param(3, 40, 5, id="thin"),
+    pytest.param(5, 1, 3, id="one-column"),
+]
+PIXELS = {"grey": 1e-3, "crop": 1e-6, "pad": 4e-6}  # grey: of 255, so that the nearest whole number is Pillow's
+
+
+def pictures(height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Noise past both ends in one, hard edges in the other; on the CPU."""
+    numbers = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, height, width, generator=numbers) * 2.4 - 1.2
+    edges = torch.where(torch.rand(3, height // 7 + 1, width // 7 + 1, generator=numbers) < 0.5, -1.0, 1.0)
+    images[1] = edges.repeat_interleave(7, 1).repeat_interleave(7, 2)[:, :height, :width]
+    return images.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centre", ["floor", "round"])
+@pytest.mark.parametrize("height, width, size", PICTURES)
+def test_crop_is_pillow_bit_for_bit(height, width, size, centre, dtype):
+    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    images = pictures(height, width, dtype)
+    settings = dict(size=size, centre=centre, dtype=torch.float32)
+    grid = ops.resize_normalize(images.cuda(), mean=(0, 0, 0), std=(1, 1, 1), backend="triton", **settings) * 255
+    tall = size if height <= width else int(size * height / width)
+    wide = size if width <= height else int(size * width / height)
+    # round() takes a half to the even number.
+    left, top = (round((n - size) / 2) if centre == "round" else (n - size) // 2 for n in (wide, tall))
+    for got, each in zip(grid.cpu(), images, strict=True):
+        grey = ((each.permute(1, 2, 0) + 1) * 127.5).clip(0, 255).to(torch.uint8)  # in the images' dtype
+        picture = np.array(image.fromarray(grey.numpy()).resize((wide, tall), image.Resampling.BICUBIC))
+        want = torch.from_numpy(picture[top : top + size, left : left + size]).permute(2, 0, 1).float()
+        torch.testing.assert_close(got, want, rtol=0, atol=PIXELS["grey"])
+    got = ops.resize_normalize(images.cuda(), backend="triton", **settings)
+    torch.testing.assert_close(got.cpu(), reference.resize_normalize(images, **settings), rtol=0, atol=PIXELS["crop"])
+
+
+# torch's antialiased bicubic repeats the first row of a picture one column wide: no oracle for "one-column".
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("height, width, size", PICTURES[:-1])
+def test_pad_is_the_antialiased_bicubic(height, width, size, dtype):
+    images = pictures(height, width, dtype)
+    got = ops.resize_normalize(images.cuda(), "pad", size=size, dtype=torch.float32, backend="triton")
+    want = reference.resize_normalize(images, "pad", size=size, dtype=torch.float32)
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=PIXELS["pad"])
+
+
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_the_largest_picture(rule):
+    images = pictures(4096, 4096, torch.bfloat16)
+    got = ops.resize_normalize(images.cuda(), rule, dtype=torch.float32, backend="triton")
+    want = reference.resize_normalize(images, rule, dtype=torch.float32)
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=PIXELS[rule])
+
+
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_pictures_strides_batches_and_dtypes(rule):
+    images = pictures(300, 400, torch.float32).cuda()
+    want = ops.resize_normalize(images, rule, backend="triton")
+    last = images.to(memory_format=torch.channels_last)
+    assert not last.is_contiguous() and ops.resize_normalize(last, rule, backend="triton").equal(want)
+    assert ops.resize_normalize(images[1:], rule, backend="triton").equal(want[1:])
+    assert ops.resize_normalize(images[:0], rule, backend="triton").shape == (0, 3, 224, 224)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert ops.resize_normalize(images, rule, dtype=dtype, backend="triton").equal(want.to(dtype))
+
+
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_a_broken_picture_does_not_pass_for_a_black_one(rule):
+    images = pictures(300, 300, torch.bfloat16).cuda()
+    images[0, 1, 150, 150] = torch.nan
+    got = ops.resize_normalize(images, rule, backend="triton")
+    assert got[0].isnan().any() and got[1].isfinite().all()
+
+
+# ---------------------------------------------------------------- launches, graphs, compilation
+
+
 def kernels_launched(call) -> list[str]:
     call()
     torch.cuda.synchronize()
@@ -196,6 +283,7 @@ def test_one_launch_each(monkeypatch):
     monkeypatch.undo()  # poison is launches too
     residual, mean, std, _ = problem((1, 16, 166, 166), 4)
     coeffs = ops.haar_dwt2(residual, 6, backend="triton")
+    images = pictures(1024, 1024, torch.bfloat16).cuda()
     for name, call in {
         "population_kernel": lambda: ops.sample_population(
             residual, mean, std, 4, popsize=10, seed=1, dtype=torch.bfloat16, backend="triton"
@@ -203,6 +291,7 @@ def test_one_launch_each(monkeypatch):
         "haar_dwt2_kernel": lambda: ops.haar_dwt2(residual, 6, backend="triton"),
         "haar_idwt2_kernel": lambda: ops.haar_idwt2(coeffs, (166, 166), backend="triton"),
         "split_low_band_kernel": lambda: ops.split_low_band(residual, 4, backend="triton"),
+        "resize_normalize_kernel": lambda: ops.resize_normalize(images, dtype=torch.float32, backend="triton"),
     }.items():
         assert kernels_launched(call) == [name]
 
