@@ -8,7 +8,6 @@ Times with --threads CPU threads; on a GPU the clock is read when it has done it
 import argparse
 import copy
 import gc
-import inspect
 import json
 import statistics
 import sys
@@ -26,7 +25,7 @@ from bench.baseline import CLIPScore, Flow, clock
 from bench.environment import environment
 from bench.families import FAMILIES, build, clip_h, clip_tokenizer
 from bench.floor import Rates, Work, family_stages, measured
-from ses_fast import embedded, pipelines
+from ses_fast import embedded
 from ses_fast.rewards.clip import CLIPReward
 
 PROMPT = "two red squares left of three blue rings"
@@ -296,15 +295,8 @@ def table(result: dict[str, Any]) -> str:
             + ", ".join(f"{figures['apart'][way]:.2g}" for way in figures["rows"] if way != "baseline")
             + (f"; peak memory {figures['memory']:.3f} of the plain call's." if figures["memory"] else ".")
         )
-    lines += [f"Not measured: {name}, {ROWS[way].what}." for name, way in result["left_out"]]
     lines += [f"FAILED: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines)
-
-
-def usable(name: str, row: Row) -> bool:
-    """Whether this version of ses_fast has what the row asks for, and knows the model's pipeline."""
-    known = name == "embedded" or FAMILIES[name].pipeline.partition(":")[2] in pipelines.FAMILIES
-    return known and set(row.enable) <= set(inspect.signature(ses_fast.enable).parameters)
 
 
 def main() -> None:
@@ -328,19 +320,17 @@ def main() -> None:
     names = arguments.models or here
     device = "cuda" if any(MODELS[name].device == "cuda" for name in names) else "cpu"
     result: dict[str, Any] = {"environment": environment(device), "threads": arguments.threads}
-    result |= {"models": {}, "left_out": [(name, way) for name in names for way in arguments.rows], "failed": {}}
+    result |= {"models": {}, "failed": {}}
     for name in names:
-        rows = {way: ROWS[way] for way in arguments.rows if usable(name, ROWS[way])}
-        if rows:
-            print(f"{name} ...", flush=True)
-            try:
-                result["models"][name] = measure(name, replace(MODELS[name], **changes), rows)
-            except (AssertionError, RuntimeError) as error:
-                traceback.print_exc()
-                result["failed"][name] = str(error).strip().partition("\n")[0]
-            result["left_out"] = [pair for pair in result["left_out"] if pair[0] != name or pair[1] not in rows]
-            gc.collect()
-            torch.cuda.empty_cache()
+        print(f"{name} ...", flush=True)
+        try:
+            model = replace(MODELS[name], **changes)
+            result["models"][name] = measure(name, model, {way: ROWS[way] for way in arguments.rows})
+        except (AssertionError, RuntimeError) as error:
+            traceback.print_exc()
+            result["failed"][name] = str(error).strip().partition("\n")[0]
+        gc.collect()
+        torch.cuda.empty_cache()
         if arguments.out:  # what is measured stays, whatever becomes of the next
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ses_fast import reference
-from ses_fast.reference import check_bands, check_latents, check_level, check_low_band
+from ses_fast.reference import band_size, check_bands, check_latents, check_level, check_low_band
 
 from . import population
 
@@ -100,12 +100,12 @@ def haar_dwt2_kernel(
         store_band(details[3 * j - 3], (up - down) * 0.5, i_n, y_j, x_j, h_j, w_j)
         store_band(details[3 * j - 2], (up_diff + down_diff) * 0.5, i_n, y_j, x_j, h_j, w_j)
         store_band(details[3 * j - 1], (up_diff - down_diff) * 0.5, i_n, y_j, x_j, h_j, w_j)
-        mean = (up + down) * 0.5
+        b_low = (up + down) * 0.5
         if j < LEVEL:
-            rows = tl.reshape(mean, [Y >> (j + 1), 2, X >> j])
+            rows = tl.reshape(b_low, [Y >> (j + 1), 2, X >> j])
             top, bottom = tl.split(tl.permute(rows, [0, 2, 1]))  # [Y / 2^(j + 1), X / 2^j]
         else:
-            store_band(low, mean, i_n, y_j, x_j, h_j, w_j)
+            store_band(low, b_low, i_n, y_j, x_j, h_j, w_j)
 
 
 @triton.jit
@@ -115,8 +115,8 @@ def haar_idwt2_kernel(
     out,  # [N, H, W]
     height,
     width,
-    LEVEL: tl.constexpr,
-    Y: tl.constexpr,
+    LEVEL: tl.constexpr,  # shapes inside double with it
+    Y: tl.constexpr,  # a tile: Y x X pixels
     X: tl.constexpr,
 ):
     tiles_x, tiles_y = tl.cdiv(width, X), tl.cdiv(height, Y)
@@ -125,7 +125,7 @@ def haar_idwt2_kernel(
 
     r_h = i_y * (Y >> LEVEL) + tl.arange(0, Y >> LEVEL)
     r_w = i_x * (X >> LEVEL) + tl.arange(0, X >> LEVEL)
-    mean = load_band(low, i_n, r_h, r_w, ((height - 1) >> LEVEL) + 1, ((width - 1) >> LEVEL) + 1)
+    b_low = load_band(low, i_n, r_h, r_w, ((height - 1) >> LEVEL) + 1, ((width - 1) >> LEVEL) + 1)
     for j in tl.static_range(LEVEL, 0, -1):
         y_j = i_y * (Y >> j) + tl.arange(0, Y >> j)
         x_j = i_x * (X >> j) + tl.arange(0, X >> j)
@@ -133,14 +133,14 @@ def haar_idwt2_kernel(
         cH = load_band(details[3 * j - 3], i_n, y_j, x_j, h_j, w_j)
         cV = load_band(details[3 * j - 2], i_n, y_j, x_j, h_j, w_j)
         cD = load_band(details[3 * j - 1], i_n, y_j, x_j, h_j, w_j)
-        plus, minus, plus_diff, minus_diff = mean + cH, mean - cH, cV + cD, cV - cD
+        plus, minus, plus_diff, minus_diff = b_low + cH, b_low - cH, cV + cD, cV - cD
         top = tl.join((plus + plus_diff) * 0.5, (plus - plus_diff) * 0.5)
         top = tl.reshape(top, [Y >> j, 2 * (X >> j)])
         bottom = tl.join((minus + minus_diff) * 0.5, (minus - minus_diff) * 0.5)
         bottom = tl.reshape(bottom, [Y >> j, 2 * (X >> j)])
         if j > 1:
             rows = tl.permute(tl.join(top, bottom), [0, 2, 1])
-            mean = tl.reshape(rows, [2 * (Y >> j), 2 * (X >> j)])
+            b_low = tl.reshape(rows, [2 * (Y >> j), 2 * (X >> j)])
 
     r_y = i_y * Y + 2 * tl.arange(0, Y // 2)
     r_x = i_x * X + tl.arange(0, X)
@@ -158,8 +158,8 @@ def split_low_band_kernel(
     stride_x,
     height,
     width,
-    LEVEL: tl.constexpr,
-    Y: tl.constexpr,
+    LEVEL: tl.constexpr,  # a block of 2^LEVEL x 2^LEVEL pixels is summed within registers
+    Y: tl.constexpr,  # a tile: Y x X pixels
     X: tl.constexpr,
 ):
     BLOCK: tl.constexpr = 1 << LEVEL
@@ -192,11 +192,6 @@ def _tile(count: int, height: int, width: int, level: int) -> tuple[tuple[int], 
     return grid, {"LEVEL": level, "Y": Y, "X": X, "num_warps": warps}
 
 
-def _shrunk(size: Sequence[int], level: int) -> tuple[int, ...]:
-    """The size of the bands of a level."""
-    return tuple(-(-n // 2**level) for n in size)
-
-
 # ---------------------------------------------------------------- haar_dwt2
 
 
@@ -210,7 +205,10 @@ def haar_dwt2(
     return _chained_dwt2(x, level)
 
 
-def _chained_dwt2(x: Tensor, level: int) -> list:
+def _chained_dwt2(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> list:
     """haar_dwt2 after its checks and its warning."""
     if level > LEVELS:
         fine = _chained_dwt2(x, LEVELS)
@@ -220,13 +218,19 @@ def _chained_dwt2(x: Tensor, level: int) -> list:
     return [low, *reversed(triples)]
 
 
-def _bands(x: Tensor, level: int) -> list[Tensor]:
+def _bands(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> list[Tensor]:
     """Empty bands: cA, and cH, cV, cD of level 1, of level 2, ..."""
     levels = [level, *(j for j in range(1, level + 1) for _ in range(3))]
-    return [x.new_empty((*x.shape[:-2], *_shrunk(x.shape[-2:], j)), dtype=torch.float32) for j in levels]
+    return [x.new_empty((*x.shape[:-2], *band_size(x.shape[-2:], j)), dtype=torch.float32) for j in levels]
 
 
-def _dwt2(x: Tensor, level: int) -> list[Tensor]:
+def _dwt2(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> list[Tensor]:
     bands = _bands(x, level)
     height, width = x.shape[-2:]
     planes = x.detach().reshape(-1, height, width)
@@ -299,12 +303,18 @@ def split_low_band(
     return low, merge_low_band(x, -low, level, dtype=torch.float32)
 
 
-def _parts(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    low = x.new_empty((*x.shape[:-2], *_shrunk(x.shape[-2:], level)), dtype=torch.float32)
+def _parts(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> tuple[Tensor, Tensor]:  # low [..., h, w], residual [..., H, W]
+    low = x.new_empty((*x.shape[:-2], *band_size(x.shape[-2:], level)), dtype=torch.float32)
     return low, x.new_empty(x.shape, dtype=torch.float32)
 
 
-def _split(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
+def _split(
+    x: Tensor,  # [..., H, W]
+    level: int,
+) -> tuple[Tensor, Tensor]:
     low, residual = _parts(x, level)
     height, width = x.shape[-2:]
     planes = x.detach().reshape(-1, height, width)
@@ -325,16 +335,26 @@ def merge_low_band(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_level(level)
-    check_low_band(residual, low, _shrunk(residual.shape[-2:], level))
+    check_low_band(residual, low, band_size(residual.shape[-2:], level))
     return (_merge_op if torch.compiler.is_compiling() else _merge)(residual, low, level, dtype or residual.dtype)
 
 
-def _merged(residual: Tensor, low: Tensor, level: int, dtype: torch.dtype) -> Tensor:
+def _merged(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]
+    level: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [..., H, W]
     lead = torch.broadcast_shapes(residual.shape[:-2], low.shape[:-2])
     return residual.new_empty((*lead, *residual.shape[-2:]), dtype=dtype)
 
 
-def _merge(residual: Tensor, low: Tensor, level: int, dtype: torch.dtype) -> Tensor:
+def _merge(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]
+    level: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """A population whose low bands are given: the dimensions that the residual lacks number the candidates."""
     out = _merged(residual, low, level, dtype)
     own = tuple(itertools.dropwhile(lambda n: n == 1, residual.shape[:-2]))

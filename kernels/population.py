@@ -57,19 +57,22 @@ def population_kernel(
 
     r = i_r * R + tl.arange(0, R)  # [R]
     c = ((i_x * (C * X)) >> LEVEL) + tl.arange(0, C)  # [C]
-    y = (i_y * Y + tl.arange(0, Y))[:, None] + ((r % h) << LEVEL)[None, :]  # [Y, R]
-    x = (i_x * (C * X) + tl.arange(0, C) * X)[:, None] + tl.arange(0, X)[None, :]  # [C, X]
+    # The pixels of R rows are one axis: the compiler may order three axes so that a thread draws once for each row
+    # of pixels (Triton 3.6 does, 3.7 does not), but with two it has no choice.
+    i_l = tl.arange(0, R * C * X)
+    r_l = i_r * R + i_l // (C * X)  # [R C X]
+    x = i_x * (C * X) + i_l % (C * X)  # [R C X]
+    y = (i_y * Y + tl.arange(0, Y))[:, None] + ((r_l % h) << LEVEL)[None, :]  # [Y, R C X]
     i_plane = i_r * R // h  # of the tile's first row; offsets from there fit 32 bits and half the registers
-    o_row = ((r // h - i_plane)[None, :] * height + y) * width  # [Y, R]
-    o = o_row[:, :, None, None] + x[None, None, :, :]  # [Y, R, C, X]
+    o = ((r_l // h - i_plane)[None, :] * height + y) * width + x[None, :]  # [Y, R C X]
     o_plane = i_plane.to(tl.int64) * height * width
-    m = ((r < rows)[None, :] & (y < height))[:, :, None, None] & (x < width)[None, None, :, :]
+    m = ((r_l < rows) & (x < width))[None, :] & (y < height)
     d = r.to(tl.int64)[:, None] * w + c[None, :]  # [R, C]
     m_d = (r < rows)[:, None] & (c < w)[None, :]
     # A coefficient may spread over several tiles: the first of them writes it down.
     is_first = (i_y == 0) & ((i_x * (C * X)) & ((1 << LEVEL) - 1) == 0)
 
-    b_residual = tl.load(residual + o_plane + o, m, other=0.0).to(tl.float32)  # [Y, R, C, X]
+    b_residual = tl.load(residual + o_plane + o, m, other=0.0).to(tl.float32)  # [Y, R C X]
     if mean is not None:
         b_mean, b_std = tl.load(mean + d, m_d, other=0.0), tl.load(std + d, m_d, other=0.0)  # [R, C]
     if draws is None:
@@ -88,7 +91,8 @@ def population_kernel(
         if low is not None:
             if is_first:  # a branch, for the compiler draws again in the layout of this store
                 tl.store(low + p * low_size + d, b_low, m_d)
-        b_candidate = b_residual + (b_low * SCALE)[None, :, :, None]
+        b_blocks = tl.broadcast_to((b_low * SCALE)[:, :, None], [R, C, X])
+        b_candidate = b_residual + tl.reshape(b_blocks, [1, R * C * X])
         tl.store(candidates + p * size + o_plane + o, b_candidate.to(candidates.dtype.element_ty), m)
 
 
@@ -181,23 +185,28 @@ def _apart(value: Seed | None) -> tuple[int, Tensor | None]:
     return (0, value) if isinstance(value, Tensor) else (value or 0, None)
 
 
-def _outputs(residual: Tensor, mean: Tensor, popsize: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _outputs(
+    residual: Tensor,  # [1, ..., H, W]
+    mean: Tensor,  # [D]
+    popsize: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [P, ..., H, W], [P, D]
     candidates = residual.new_empty((popsize, *residual.shape[1:]), dtype=dtype)
     return candidates, mean.new_empty((popsize, mean.numel()), dtype=torch.float32)
 
 
 def _sample(
-    residual: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    residual: Tensor,  # [1, ..., H, W]
+    mean: Tensor,  # [D]
+    std: Tensor,  # [D]
     level: int,
     popsize: int,
     seed: int,
     generation: int,
-    seed_tensor: Tensor | None,
+    seed_tensor: Tensor | None,  # 0-d, and so the next
     generation_tensor: Tensor | None,
     first: int,
-    draws: Tensor | None,
+    draws: Tensor | None,  # [P, D]
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     candidates, low = _outputs(residual, mean, popsize, dtype)

@@ -97,8 +97,8 @@ def resize_normalize_kernel(
     tile_x,  # the outputs of a tile, at most X
     tile_y,
     WHOLE: tl.constexpr,  # Pillow's whole numbers ("crop"), or fractions ("pad")
-    ALIGN: tl.constexpr,
-    SHIFT_X: tl.constexpr,
+    ALIGN: tl.constexpr,  # so that the compiler knows what a tile's first column is a multiple of
+    SHIFT_X: tl.constexpr,  # the bits of a low limb: scaling by 2^SHIFT is then a constant; and so the next
     SHIFT_Y: tl.constexpr,
     X: tl.constexpr,  # 16 or 32: sides of matrices, and so the next
     Y: tl.constexpr,
@@ -248,14 +248,26 @@ def resize_normalize(
 
 
 def _output(
-    images: Tensor, rule: str, size: int, mean: list[float], std: list[float], dtype: torch.dtype, centre: str
-) -> Tensor:
+    images: Tensor,  # [n, 3, H, W]
+    rule: str,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    centre: str,
+) -> Tensor:  # [n, 3, size, size]
     return images.new_empty((len(images), 3, size, size), dtype=dtype)
 
 
 def _resize(
-    images: Tensor, rule: str, size: int, mean: list[float], std: list[float], dtype: torch.dtype, centre: str
-) -> Tensor:
+    images: Tensor,  # [n, 3, H, W]
+    rule: str,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    centre: str,
+) -> Tensor:  # [n, 3, size, size]
     out = _output(images, rule, size, mean, std, dtype, centre)
     if not len(images):
         return out

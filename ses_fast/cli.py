@@ -1,4 +1,5 @@
-"""The command `ses-fast`: `generate` makes an image with and without search, `doctor` says what would run.
+"""The command `ses-fast`: `generate` makes an image with and without search, `rewards` lists the reward models,
+`doctor` says what would run.
 
 Each command is a function that checks its arguments, loads what they name and returns the work. Bad input
 ends in one line and exit code 2, before the work.
@@ -25,10 +26,12 @@ PACKAGES = {
     "diffsynth": "diffsynth",
     "torchvision": "diffsynth",
     "transformers": "rewards",
+    "open_clip_torch": "rewards",
     "PyWavelets": "wavelets",
     "matplotlib": "plots",
 }
 EMBEDDED = {"embedded": False, "embedded_heldout": True}  # the embedded model's rewards -> heldout=
+WRITTEN = ("image.png", "base.png", "budgets.png", "curve.png", "result.json")
 MARKS = (10, 30, 100, 300, 1000)  # evaluations whose best image is shown, beside none and all
 
 
@@ -52,6 +55,7 @@ def _generate(args: argparse.Namespace) -> Callable[[], None]:
     from .rewards import REWARDS
 
     _known("model", args.model, MODELS)
+    args.report_reward = args.report_reward or []
     for name in (args.reward, *args.report_reward):
         _known("reward", name, {*EMBEDDED, *REWARDS})
         if name in EMBEDDED and args.model != "embedded":
@@ -130,7 +134,7 @@ def _search(
         print(f"held out     {name}: base {held.base:.2f}, best {held.answer:.2f}")
     print(f"evaluations  {result.evaluations}")
     print(f"seconds      {result.seconds['total']:.1f}")
-    print(f"written to   {args.out}: image.png base.png budgets.png curve.png result.json")
+    print(f"written to   {args.out}: {' '.join(WRITTEN)}")
 
 
 class _BestPreviews:
@@ -265,6 +269,9 @@ def _check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
+    for name in WRITTEN:
+        if (folder / name).is_dir():
+            raise ValueError(f"cannot write {folder / name}: it is a folder")
 
 
 def _number(score: float | None) -> float | None:
@@ -319,22 +326,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=_at_least(0, 2**63 - 1), default=0, help="seed of the noise and of the search")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and result.json")
     add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
-    add("--reward", help="embedded, clip, pick, ... (default: embedded for the embedded model, else pick)")
+    add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
     add("--reward-weights", help="local folder or Hub id of the reward's weights (default: the published ones)")
     add(
         "--report-reward",
         action="append",
-        default=[],
         metavar="NAME",
         help="a reward that takes no part in the search and scores the image with and without; may be given again",
     )
     add("--height", type=at_least_one, help="pixels (default: the model's own)")
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--popsize", type=at_least_one, default=10, help="candidates of a generation")
-    add("--batch-size", type=at_least_one, default=1, help="previews denoised together")
+    add("--batch-size", type=_or_auto(1), default=1, help='previews denoised together, a number or "auto"')
     add("--elites", type=at_least_one, default=5, help="best candidates that make the next distribution")
     add("--wavelet", default="db1", help="any wavelet of PyWavelets")
-    add("--level", type=_level, default="auto", help='level of the searched band, a number or "auto"')
+    add("--level", type=_or_auto(0), default="auto", help='level of the searched band, a number or "auto"')
     generate.set_defaults(prepare=_generate)
 
     rewards = commands.add_parser("rewards", help="list the rewards: size, source, what is installed, what is missing")
@@ -345,5 +351,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _level(text: str) -> int | str:
-    return text if text == "auto" else _at_least(0)(text)
+def _or_auto(least: int) -> Callable[[str], int | str]:
+    return lambda text: text if text == "auto" else _at_least(least)(text)

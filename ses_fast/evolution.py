@@ -40,11 +40,10 @@ class EvolutionConfig:
 
 
 class Drawn:
-    """A generator's noise: each generation draws `randn(P, D)` from it when it is first asked for, as the reference.
+    """Noise from a user's generator, drawn as the reference does: `randn(P, D)` when a generation is first asked for.
 
-    Asked for again, it is drawn again from where the generator then stood; so states that were told differently from
-    one share their noise, and an old one can still be continued. What others draw from the generator between two
-    generations is theirs.
+    The generator's state before each draw is kept, so that asking again for a generation, or going on from an older
+    state, gives the same noise. Other code may draw from the generator between two generations.
     """
 
     def __init__(self, generator: torch.Generator, popsize: int, size: int) -> None:
@@ -55,11 +54,11 @@ class Drawn:
     def __call__(self, generation: int) -> Tensor:  # [P, D] on the CPU
         generator = self.generator
         if generation in self.before:
-            generator = torch.Generator()
+            generator = torch.Generator("cpu")
             generator.set_state(self.before[generation])
         else:
             self.before[generation] = generator.get_state()
-        return torch.randn(*self.shape, generator=generator)
+        return torch.randn(*self.shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def where(self, generation: int) -> Tensor:
         """The generator's state from which `generation` is, or will be, drawn."""
@@ -159,10 +158,13 @@ def _check_saved(state: Mapping[str, Any], config: EvolutionConfig, size: int) -
     shapes: dict[str, tuple[int, ...]] = {"scores": (count,), "mean": (size,), "variance": (size,)}
     shapes |= {"elite_low": (elites, size), "elite_scores": (elites,)}
     for name, shape in shapes.items():
-        value = state[name]
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != shape:
+        value, dtype = state[name], torch.float64 if "scores" in name else torch.float32
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the search state's {name} must be floating, of shape {shape}; got {got}")
+            raise ValueError(f"the search state's {name} must be {dtype} of shape {shape}; got {got}")
+        possible = ~value.isnan() if "scores" in name else value.isfinite()
+        if not possible.all() or (name == "variance" and (value < 0).any()):
+            raise ValueError(f"the search state's {name} holds what no search makes")
     if not isinstance(state["include_base"], bool):
         raise ValueError(f"the search state's include_base must be True or False, got {state['include_base']!r}")
     if (state["seed"] is None) != ("generator_state" in state):
@@ -170,7 +172,7 @@ def _check_saved(state: Mapping[str, Any], config: EvolutionConfig, size: int) -
     if state["seed"] is not None:
         check_noise(state["seed"], None)
         return None
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     try:
         generator.set_state(state["generator_state"])
     except (TypeError, RuntimeError) as error:
@@ -209,7 +211,7 @@ def start(
     check_base(base_latents)
     seed = check_noise(seed, generator)
     if seed is None and generator is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
 
     base = base_latents.detach().clone()
     base_low, residual = spectral.split(base, config.wavelet_name, config.dwt_level, backend=backend)
@@ -222,9 +224,9 @@ def start(
         include_base=bool(include_base),
         seed=seed,
         drawn=None if generator is None else Drawn(generator, config.popsize, size),
-        mean=torch.zeros(size, device=device),
-        variance=torch.ones(size, device=device),
-        elite_low=torch.empty(0, size, device=device),
+        mean=torch.zeros(size, dtype=torch.float32, device=device),
+        variance=torch.ones(size, dtype=torch.float32, device=device),
+        elite_low=torch.empty(0, size, dtype=torch.float32, device=device),
         elite_scores=torch.empty(0, dtype=torch.float64, device=device),
         told=(),
         waiting=(),

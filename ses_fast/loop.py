@@ -3,8 +3,7 @@
 import json
 import os
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import missing_extra
+from .errors import missing_extra, warn
 from .evolution import EvolutionConfig, SearchState, ask, check_base, leader, start, tell, whole_number
 
 Objective = Callable[[Tensor], Any]
@@ -33,7 +32,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What a reward that took no part in the search says of its previews."""
+    """The scores that a reward outside the search gives to the previews of the base and of the answer."""
 
     base: float
     answer: float
@@ -144,8 +143,9 @@ def evolve(
     objective_reward_fn: gets (n, ..., H, W) latents in the base's dtype and on its device, n <= batch_size,
         all of one generation, and returns n scores: a float for one, a tensor or a sequence. One that is not
         finite counts as minus infinity, which is warned of once. So is a first generation of equal scores.
-        Where it has whole_generations=True it gets a generation at once, whatever the batch_size; what it
-        has as `members` after a call, a dict of names to n raw scores, goes into the trace (WeightedReward).
+        With an attribute whole_generations=True it gets a generation at once, whatever the batch_size. If it
+        has an attribute `members` after a call, a dict of names to n raw scores, these go into the trace
+        (see WeightedReward).
     total_eval_budget: how many candidates to score, those of `state` included.
     seed: makes the noise a function of (seed, generation, candidate, coefficient), whatever the backend and
         the batch_size. None: drawn once from torch's global state, and reported.
@@ -260,7 +260,7 @@ def check_state(
     generator: torch.Generator | None,
     include_base: bool,
 ) -> None:
-    """Raises ValueError for what is no state, or one that was started with other arguments; its base is not seen to."""
+    """Raises ValueError unless `state` is a SearchState that was started with these. Does not compare the base."""
     if not isinstance(state, SearchState):
         raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
     was, now = (f"{c}, include_base={b}" for c, b in ((state.config, state.include_base), (config, include_base)))
@@ -291,11 +291,15 @@ def _scores(value: Any, n: int, state: SearchState) -> Tensor:
     """What the objective returned for n candidates: [n] fp64 on the state's device, which is not waited for."""
     scores = value
     if not isinstance(value, Tensor):
-        one = isinstance(value, float) or isinstance(value, Real)  # the second, an abstract class, is slow to ask
+        # The second, an abstract class, is slow to ask; the third is a NumPy array of no dimensions.
+        one = isinstance(value, float) or isinstance(value, Real) or getattr(value, "ndim", None) == 0
         try:
-            if isinstance(value, str | bytes | Mapping):  # float() would take them, or their parts, for numbers
+            if isinstance(value, str | bytes | Mapping | Set):  # float() would take them, or their parts, for numbers
                 raise TypeError(f"no scores: {value!r}")
-            numbers = [float(v) for v in ([value] if one else value)]
+            values = [value] if one else list(value)
+            if any(isinstance(v, str | bytes) for v in values):
+                raise TypeError(f"no scores: {value!r}")
+            numbers = [float(v) for v in values]
         except (TypeError, ValueError, OverflowError) as error:
             what = type(value).__name__
             raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
@@ -381,21 +385,19 @@ def _warn_non_finite(state: SearchState, known: int) -> bool:
     if -torch.inf not in state.history[known:]:
         return False
     generation, index = divmod(state.history.index(-torch.inf, known), state.config.popsize)
-    warnings.warn(
+    warn(
         f"the score of candidate {index} of generation {generation} is not finite. Such scores count "
         "as minus infinity and never enter the elites; this is reported once a search",
-        stacklevel=3,
     )
     return True
 
 
 def _warn_flat(state: SearchState, known: int) -> bool:
     """Warns where the whole first generation, if it is this call's, has one finite score. True: looked at."""
-    first = state.history[: state.config.popsize]
-    if known < state.config.popsize and len(first) > 1 and len(set(first)) == 1 and first[0] != -torch.inf:
-        warnings.warn(
+    first = [score for score in state.history[: state.config.popsize] if score != -torch.inf]
+    if known < state.config.popsize and len(first) > 1 and len(set(first)) == 1:
+        warn(
             f"all {len(first)} candidates of the first generation have the same score, {first[0]:.6g}: the search "
             "cannot work, it has nothing to choose by. Look at the reward",
-            stacklevel=3,
         )
     return True

@@ -21,7 +21,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MASK32 = 0xFFFFFFFF
-FEW, AHEAD = 4096, 8  # up to so many numbers a generation, so many generations are drawn at once
+FEW, AHEAD = 4096, 8  # where a generation needs at most FEW numbers, AHEAD generations are drawn in one call
 PIL_BITS = 22  # the fraction bits of Pillow's integer filter weights
 
 Seed = int | Tensor  # a Python int, or a 0-d int64 tensor on the device (a captured graph can then change it)
@@ -109,11 +109,17 @@ def merge_low_band(
     dtype None means the residual's. Raises ValueError where `low` is not [..., ceil(H / 2^level), ...].
     """
     check_level(level)
-    lead = check_low_band(residual, low, tuple(_shrunk(n, level) for n in residual.shape[-2:]))
+    lead = check_low_band(residual, low, band_size(residual.shape[-2:], level))
     return _merged(residual, low, level, lead, dtype or residual.dtype)
 
 
-def _merged(residual: Tensor, low: Tensor, level: int, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _merged(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]
+    level: int,
+    lead: Sequence[int],  # the leading dimensions, broadcast
+    dtype: torch.dtype,
+) -> Tensor:  # [*lead, H, W]
     height, width = residual.shape[-2:]
     block = 1 << level
     out = residual.new_empty((*lead, height, width), dtype=dtype)
@@ -150,7 +156,7 @@ def philox4x32(
     """
     tensors = [word for word in (*key, *counter) if isinstance(word, Tensor)]
     dimensions = max([0, *[word.dim() for word in tensors]])
-    lane = torch.arange(2, device=tensors[0].device if tensors else None).view(2, *[1] * dimensions)
+    lane = torch.arange(2, device=tensors[0].device if tensors else "cpu").view(2, *[1] * dimensions)
 
     def lanes(first: Seed, second: Seed) -> Tensor:
         return first + (second - first) * lane  # by arithmetic: a captured graph takes no copies from the host
@@ -179,7 +185,8 @@ def philox_normal(
     r(u2) cos(2 pi u3), r(u2) sin(2 pi u3) with r(u) = sqrt(-2 ln u), in fp64 and rounded once. Several
     generations give [G, P, size].
     """
-    rows = torch.as_tensor(candidates, dtype=torch.int64)[:, None]  # [P, 1]
+    on = candidates.device if isinstance(candidates, Tensor) else "cpu"  # not torch.set_default_device's
+    rows = torch.as_tensor(candidates, dtype=torch.int64, device=on)[:, None]  # [P, 1]
     quads = torch.arange(-(-size // 4), device=rows.device)  # [Q]
     w0, w1, w2, w3 = philox4x32((seed & MASK32, (seed >> 32) & MASK32), (quads, rows, generation, 0))
     u = (torch.stack([w0, w2, w1, w3]).double() + 0.5) / 2**32  # [4, ..., P, Q]
@@ -242,13 +249,18 @@ def resize_normalize(
     dtype: torch.dtype | None = None,
     centre: str = "floor",
 ) -> Tensor:
-    """A decoder's images as a reward model wants them: [n, 3, size, size] in `dtype` (None: the images').
+    """Turns a decoder's images into a reward model's input: [n, 3, size, size] in `dtype` (None: the images').
 
-    Both rules first quantise to 0 ... 255 as a picture would be, trunc(clip((v + 1) * 127.5, 0, 255)) in the
-    images' dtype. "crop": shortest edge to `size` with Pillow's 8-bit bicubic, bit for bit, centre crop: what
-    CLIPProcessor does; `centre` is where an odd number of pixels is cut off: (n - size) // 2, or "round", half to
-    even, as torchvision's CenterCrop and ImageReward do. "pad": /255, longest edge to `size` with the antialiased
-    float bicubic of torch, zero padding to the middle: what HPSv2 does. Then (x / 255 - mean) / std in fp32.
+    First both rules quantise as saving a picture would: trunc(clip((v + 1) * 127.5, 0, 255)), in the images' dtype.
+    rule "crop" (CLIPProcessor): the shortest edge to `size` with Pillow's 8-bit bicubic, bit for bit; a centre crop.
+        Across first, then down, as Pillow up to 12 and so the published rewards, whatever Pillow is installed:
+        13 goes down first where a picture is more than about twice as tall as wide.
+    rule "pad" (HPSv2): the longest edge to `size` with torch's antialiased bicubic on floats; zeros on both sides.
+    Last, (x / 255 - mean) / std in fp32.
+
+    centre: where "crop" cuts when an odd number of pixels is left over. "floor": (n - size) // 2; "round": half to
+        even, as torchvision's CenterCrop and ImageReward do.
+
     Raises ValueError for another rule, centre, shape, dtype or size.
     """
     check_images(images, rule, size, mean, std, centre)
@@ -257,8 +269,14 @@ def resize_normalize(
 
 
 def _resize_normalize(
-    images: Tensor, rule: str, size: int, mean: list[float], std: list[float], dtype: torch.dtype, centre: str
-) -> Tensor:
+    images: Tensor,  # [n, 3, H, W]
+    rule: str,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    centre: str,
+) -> Tensor:  # [n, 3, size, size]
     n, _, height, width = images.shape
     if rule == "crop":
         rows, columns = crop_resizes(height, width, size, centre)
@@ -284,7 +302,7 @@ def _(images, rule, size, mean, std, dtype, centre):
     return images.new_empty((len(images), 3, size, size), dtype=dtype)
 
 
-def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
+def _shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
     """(height, width) with the shortest edge at `size`, the other cut to an integer, as in transformers."""
     short, long = sorted((height, width))
     return (size, int(size * long / short)) if height <= width else (int(size * long / short), size)
@@ -312,7 +330,7 @@ class Resize(NamedTuple):
 
 def crop_resizes(height: int, width: int, size: int, centre: str) -> tuple[Resize, Resize]:
     """The passes of the crop rule, (rows, columns)."""
-    tall, wide = shortest_edge(height, width, size)
+    tall, wide = _shortest_edge(height, width, size)
     # round() takes a half to the even number.
     top, left = (round((n - size) / 2) if centre == "round" else (n - size) // 2 for n in (tall, wide))
     return Resize(height, tall, top, size), Resize(width, wide, left, size)
@@ -338,11 +356,13 @@ def pil_weights(resize: Resize) -> tuple[list[int], Tensor]:
     scale = source / target
     widen = max(scale, 1.0)
     taps = min(2 * math.ceil(2 * widen) + 1, source)
-    centre = (torch.arange(first, first + length, dtype=torch.float64)[:, None] + 0.5) * scale  # [length, 1]
+    centre = (
+        torch.arange(first, first + length, dtype=torch.float64, device="cpu")[:, None] + 0.5
+    ) * scale  # [length, 1]
     low = (centre - 2 * widen + 0.5).long().clamp_min(0)  # truncation, as a C cast
     high = (centre + 2 * widen + 0.5).long().clamp_max(source)
     start = low.clamp_max(source - taps)
-    sample = start + torch.arange(taps)  # [length, taps]
+    sample = start + torch.arange(taps, device="cpu")  # [length, taps]
     x = ((sample - centre + 0.5) / widen).abs()
     kernel = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
     kernel = torch.where((x < 2) & (sample >= low) & (sample < high), kernel, 0.0)
@@ -363,9 +383,9 @@ def _pil_blocks(resize: Resize, device: torch.device) -> list[tuple[int, Tensor]
     blocks = []
     for i in range(0, resize.length, 8):
         base, span = starts[i], weights[i : i + 8]
-        offsets = torch.tensor(starts[i : i + 8]) - base
-        block = torch.zeros(len(span), int(offsets[-1]) + span.shape[1], dtype=torch.int64)
-        block.scatter_(1, offsets[:, None] + torch.arange(span.shape[1]), span)
+        offsets = torch.tensor(starts[i : i + 8], device="cpu") - base
+        block = torch.zeros(len(span), int(offsets[-1]) + span.shape[1], dtype=torch.int64, device="cpu")
+        block.scatter_(1, offsets[:, None] + torch.arange(span.shape[1], device="cpu"), span)
         middle = (block + 2**7) >> 8
         upper = (middle + 2**7) >> 8
         limbs = torch.cat([block - middle * 2**8, middle - upper * 2**8, upper])
@@ -391,7 +411,9 @@ def _pil_resize(
     return out.add_(sums[2]).mul_(2 ** (16 - PIL_BITS)).floor_().clamp_(0, 255).float()
 
 
-def _quantised(images: Tensor) -> Tensor:
+def _quantised(
+    images: Tensor,  # [n, 3, H, W] in [-1, 1]
+) -> Tensor:
     """0 ... 255 as the uint8 of a picture, in fp32; computed in the images' own dtype, as DiffSynth does."""
     return (images.detach() + 1).mul_(127.5).clamp_(0, 255).trunc_().float()
 
@@ -411,12 +433,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _shrunk(n: int, level: int) -> int:
-    """The length of a band: halved `level` times, rounded up each time, which is once in the end."""
-    return -(-n // 2**level)
+def band_size(size: Sequence[int], level: int) -> tuple[int, ...]:
+    """(h, w) of the bands of (H, W): halved `level` times, rounded up each time, which is as once in the end."""
+    return tuple(-(-n // 2**level) for n in size)
 
 
-def _quads(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quads(
+    x: Tensor,  # [..., H, W]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The corners of the 2x2 blocks, [..., h, w] each; an odd size first repeats its last row or column."""
     if x.shape[-2] % 2:
         x = torch.cat([x, x[..., -1:, :]], -2)
@@ -431,7 +455,11 @@ def check_level(level: int) -> None:
         raise ValueError(f"level must be an int, 0 or more, got {level!r}")
 
 
-def check_latents(x: Tensor, level: int, filter_length: int = 2) -> None:
+def check_latents(
+    x: Tensor,  # [..., H, W]
+    level: int,
+    filter_length: int = 2,
+) -> None:
     """Raises ValueError for what no transform takes; warns above the useful level, where PyWavelets does."""
     check_level(level)
     if not x.is_floating_point():
@@ -447,11 +475,11 @@ def check_latents(x: Tensor, level: int, filter_length: int = 2) -> None:
         )
 
 
-def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, int]]:
+def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, ...]]:
     """The bands' sizes at levels 0, 1, ...; ValueError unless `coeffs` are those of a transform of `size`."""
     height, width = size
     low, *details = coeffs
-    sizes = [(_shrunk(height, j), _shrunk(width, j)) for j in range(len(details) + 1)]  # finest first
+    sizes = [band_size(size, j) for j in range(len(details) + 1)]  # finest first
     bands = [low, *(band for triple in details for band in triple)]
     lead = tuple(low.shape[:-2])
     expected = [(*lead, *sizes[-1])] + [(*lead, *size) for size in reversed(sizes[1:]) for _ in range(3)]
@@ -466,7 +494,11 @@ def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> tuple[int, ...]:
+def check_low_band(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., *expected]
+    expected: tuple[int, ...],
+) -> tuple[int, ...]:
     """The leading dimensions, broadcast; ValueError unless `low` [..., *expected] can be merged into `residual`."""
     if residual.dim() < 2 or not residual.is_floating_point() or not low.is_floating_point():
         raise ValueError(f"residual and low must be floating [..., H, W], got {residual.dtype} and {low.dtype}")
@@ -481,7 +513,9 @@ def check_low_band(residual: Tensor, low: Tensor, expected: tuple[int, ...]) -> 
     return tuple(n if m == 1 else m for m, n in zip(*shapes, strict=True))
 
 
-def check_residual(residual: Tensor) -> None:
+def check_residual(
+    residual: Tensor,  # [1, ..., H, W]
+) -> None:
     """ValueError unless it is one latent [1, ..., H, W], not empty, in fp32 or fp64."""
     if residual.dim() < 3 or residual.shape[0] != 1 or residual.numel() == 0:
         raise ValueError(f"residual must be one latent (1, ..., H, W), got {tuple(residual.shape)}")
@@ -490,15 +524,15 @@ def check_residual(residual: Tensor) -> None:
 
 
 def check_population(
-    residual: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    residual: Tensor,  # [1, ..., H, W]
+    mean: Tensor,  # [D]
+    std: Tensor,  # [D]
     level: int,
     popsize: int,
     seed: Seed | None,
     generation: Seed,
     first: int,
-    draws: Tensor | None,
+    draws: Tensor | None,  # [popsize, D]
 ) -> tuple[int, ...]:
     """One candidate's low band (..., h, w); ValueError for what `sample_population` does not take."""
     check_level(level)
@@ -509,7 +543,7 @@ def check_population(
         raise ValueError(f"the candidates' numbers must lie in [0, 2^32), got first={first!r} and popsize={popsize}")
     if (seed is None) == (draws is None):
         raise ValueError("give exactly one of seed= and draws=")
-    shape = (*residual.shape[1:-2], *(_shrunk(n, level) for n in residual.shape[-2:]))
+    shape = (*residual.shape[1:-2], *band_size(residual.shape[-2:], level))
     size = math.prod(shape)
     tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"mean": (mean, (size,)), "std": (std, (size,))}
     if draws is not None:
@@ -537,7 +571,12 @@ def _check_word(name: str, value: Seed | None, low: int, high: int, device: torc
 
 
 def check_images(
-    images: Tensor, rule: str, size: int, mean: Sequence[float], std: Sequence[float], centre: str
+    images: Tensor,  # [n, 3, H, W]
+    rule: str,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    centre: str,
 ) -> None:
     """ValueError for what `resize_normalize` does not take."""
     if rule not in ("crop", "pad"):

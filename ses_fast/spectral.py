@@ -3,7 +3,8 @@
     candidate = base - R(low) + R(low'),   R(c) = A_h c A_w^T
 
 A is built once a size, by sending unit vectors through PyWavelets' own 1-D transform, so it holds its edge
-rule too. `backend` is the ops'; the matrices are torch's, on any device.
+rule too. `backend` is the ops'; the matrices are torch's, on any device. Where a wavelet reconstructs only nearly
+("dmey", to 0.03), the base that stays is the base itself, not PyWavelets' reconstruction of it.
 """
 
 import difflib
@@ -123,9 +124,11 @@ def _matrices(wavelet: str, level: int, n: int, device: torch.device) -> tuple[T
     pywt = _pywt()
     with warnings.catch_warnings():  # `split` has warned about the level, every time and not only the first
         warnings.simplefilter("ignore", UserWarning)
-        low, *details = pywt.wavedec(torch.eye(n, dtype=torch.float64).numpy(), wavelet, "symmetric", level, axis=0)
-    units = torch.eye(len(low), dtype=torch.float64).numpy()
-    zeros = [torch.zeros(len(d), len(low), dtype=torch.float64).numpy() for d in details]
+        low, *details = pywt.wavedec(
+            torch.eye(n, dtype=torch.float64, device="cpu").numpy(), wavelet, "symmetric", level, axis=0
+        )
+    units = torch.eye(len(low), dtype=torch.float64, device="cpu").numpy()
+    zeros = [torch.zeros(len(d), len(low), dtype=torch.float64, device="cpu").numpy() for d in details]
     synthesis = pywt.waverec([units, *zeros], wavelet, "symmetric", axis=0)[:n]
     return torch.from_numpy(low.copy()).to(device), torch.from_numpy(synthesis.copy()).to(device)
 

@@ -40,13 +40,13 @@ def haar() -> dict[str, Callable]:
 def population() -> dict[str, Callable]:
     from ses_fast.kernels import population
 
-    def ask(shape: tuple[int, ...], level: int, popsize: int, **noise) -> Callable:
+    def ask(shape: tuple[int, ...], level: int, popsize: int, dtype=torch.bfloat16, **noise) -> Callable:
         size = shape[0] * -(-shape[1] // 2**level) * -(-shape[2] // 2**level)
         residual, mean = torch.zeros(1, *shape), torch.zeros(size)
         if "draws" in noise:
             noise["draws"] = torch.zeros(popsize, size)
         return lambda: population.sample_population(
-            residual, mean, mean, level, popsize=popsize, dtype=torch.bfloat16, **noise
+            residual, mean, mean, level, popsize=popsize, dtype=dtype, **noise
         )
 
     seed = {"seed": torch.tensor(3), "generation": torch.tensor(0)}
@@ -117,6 +117,7 @@ def main(group: str) -> None:
             for kernel in compiled:
                 named = {"row": row, "kernel": kernel.metadata.name, "sm": compiler.architecture}
                 used = resources(kernel.asm["cubin"]) | {"SHARED": kernel.metadata.shared}  # all of it dynamic
+                used["DRAWS"] = kernel.asm["ptx"].count("sqrt.rn.f32")  # of noise in a thread, each has one root
                 print(json.dumps(named | used), flush=True)
 
 

@@ -9,6 +9,7 @@ import ses_fast
 from ses_fast.evolution import EvolutionConfig, SearchState, start
 from ses_fast.ops import set_backend
 
+NAN = float("nan")
 BASE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 NOT_CPU = "generator must be a CPU torch.Generator"
 
@@ -126,13 +127,16 @@ def test_a_state_of_another_search(arguments, message) -> None:
         pytest.param(lambda d: d.pop("seed"), "lacks seed", id="a setting is missing"),
         pytest.param(lambda d: d.update(base=None), "base_latents must be a torch.Tensor", id="no base"),
         pytest.param(lambda d: d.update(base=torch.cat([BASE, BASE])), "must be one base", id="two bases"),
-        pytest.param(lambda d: d.update(scores=[1.0]), "scores must be floating", id="scores in a list"),
+        pytest.param(lambda d: d.update(scores=[1.0]), "scores must be torch.float64", id="scores in a list"),
         pytest.param(
-            lambda d: d.update(scores=torch.zeros(6, 1)), "scores must be floating", id="scores in two dimensions"
+            lambda d: d.update(scores=torch.zeros(6, 1)), "scores must be torch.float64", id="scores in two dimensions"
         ),
-        pytest.param(lambda d: d.update(mean=torch.zeros(3)), "mean must be floating", id="a mean of another size"),
+        pytest.param(lambda d: d["mean"].fill_(NAN), "mean holds what no search makes", id="a mean that is no number"),
+        pytest.param(lambda d: d["variance"].fill_(-1), "variance holds what no search makes", id="variance below 0"),
+        pytest.param(lambda d: d.update(mean=d["mean"].half()), "mean must be torch.float32", id="a mean in fp16"),
+        pytest.param(lambda d: d.update(mean=torch.zeros(3)), "mean must be torch.float32", id="a mean of another size"),
         pytest.param(
-            lambda d: d.update(elite_low=torch.zeros(2, 3)), "elite_low must be floating", id="strange elites"
+            lambda d: d.update(elite_low=torch.zeros(2, 3)), "elite_low must be torch.float32", id="strange elites"
         ),
         pytest.param(
             lambda d: d.update(include_base=None), "include_base must be True or False", id="include_base None"

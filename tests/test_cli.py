@@ -164,6 +164,52 @@ def test_a_score_that_is_not_finite_is_null_in_the_result(toy, tmp_path, monkeyp
     assert (result["base_score"], result["score"]) == (None, 3.0)
 
 
+def test_the_defaults_are_those_of_the_documented_command(toy, tmp_path, capsys):
+    generate("--out", tmp_path)
+    searched = toy.calls[1]
+    assert (searched["steps"], searched["ses_inference_steps"], searched["ses_eval_budget"]) == (8, 8, 50)
+    assert re.search(r"^seconds      \d+\.\d$", capsys.readouterr().out, re.MULTILINE)
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["reward"] == "embedded"
+
+
+def test_another_models_reward_is_pick(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setitem(cli.MODELS, "z-image-turbo", ToyPipeline)
+    monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
+    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: asked.append(name) or redness)
+    generate("--model", "z-image-turbo", "--budget", 1, "--out", tmp_path)
+    assert asked == ["pick"]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What report draws, as matplotlib has it before it is written."""
+    from matplotlib.figure import Figure
+
+    drawn, savefig = {}, Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **k: (drawn.update({path.name: figure}), savefig(figure, path, **k))
+    )
+    return drawn
+
+
+def test_the_pictures_show_what_was_found(toy, tmp_path, figures):
+    generate("--budget", 12, "--out", tmp_path)
+    scores = [each.score for each in toy.ses_result.trace]
+    panels = figures["budgets.png"].axes
+    best = [scores[0], max(scores[:10]), max(scores)]
+    names = ["no search", "budget 10", "budget 12"]
+    assert [panel.get_title() for panel in panels] == [f"{n}\nscore {s:.2f}" for n, s in zip(names, best, strict=True)]
+    picture = np.asarray(to_picture(toy.ses_result.latents.tanh()[0]))
+    assert np.array_equal(panels[2].images[0].get_array(), picture)
+    (curve,) = figures["curve.png"].axes
+    points, best_so_far, base = curve.collections[0].get_offsets(), *(line.get_ydata() for line in curve.lines)
+    assert points.tolist() == [[i + 1.0, score] for i, score in enumerate(scores)]
+    assert list(best_so_far) == [max(scores[: i + 1]) for i in range(12)] and set(base) == {scores[0]}
+    for name in figures:
+        assert np.asarray(Image.open(tmp_path / name)).std() > 1
+
+
 # arguments, and what the one line says
 BAD = {
     "no command": ([], "command"),

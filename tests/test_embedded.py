@@ -300,6 +300,8 @@ def test_guidance_and_an_empty_prompt_work(pipe):
     silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
     plain, guided = pipe(CAPTION, **silent), pipe(CAPTION, cfg_scale=2.0, **silent)
     assert np.abs(np.array(plain, int) - np.array(guided, int)).max() > 10
+    empty = pipe("", **silent)
+    assert empty.size == (128, 128) and np.abs(np.array(plain, int) - np.array(empty, int)).max() > 10
 
 
 @pytest.mark.parametrize("heldout", [False, True])

@@ -1,6 +1,5 @@
 """haar_dwt2, haar_idwt2, split_low_band and merge_low_band against hand-worked numbers and PyWavelets."""
 
-import inspect
 import warnings
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import pywt
 import torch
 
-from ses_fast import ops, reference
+from ses_fast import ops
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 5e-6, torch.bfloat16: 5e-6}
 
@@ -198,30 +197,6 @@ BAD = [
 def test_bad_input_says_what_to_do(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize("name", ["haar_dwt2", "haar_idwt2", "split_low_band", "merge_low_band"])
-def test_public_ops_are_the_reference_and_a_backend(name):
-    public, plain = getattr(ops, name), getattr(reference, name)
-    parameters = dict(inspect.signature(public).parameters)
-    assert parameters.pop("backend").default is None
-    assert parameters == dict(inspect.signature(plain).parameters)
-    assert public.__doc__.startswith(plain.__doc__.rstrip()) and "RuntimeError" in public.__doc__
-
-
-def test_backends(monkeypatch):
-    x = latents((4, 4), torch.float32)
-    assert ops.get_backend() == "auto" and "CUDA" in ops.why_not_triton(x)
-    with pytest.raises(RuntimeError, match='"triton" cannot run here: the kernels run on CUDA'):
-        ops.haar_dwt2(x, 1, backend="triton")
-    monkeypatch.setattr(ops, "_backend", "auto")
-    ops.set_backend("triton")
-    with pytest.raises(RuntimeError, match="a tensor is on cpu"):
-        ops.split_low_band(x, 1)
-    assert ops.split_low_band(x, 1, backend="torch")[0].shape == (2, 2)
-    with pytest.raises(ValueError, match="auto, triton, torch"):
-        ops.set_backend("gpu")
-    assert ops.get_backend() == "triton"
 
 
 @pytest.mark.parametrize(

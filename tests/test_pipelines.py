@@ -14,6 +14,8 @@ from torch import nn
 import ses_fast
 from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
+from ses_fast.evolution import EvolutionConfig
+from ses_fast.loop import evolve
 from ses_fast.pipelines.base import SESUnit
 
 mend_torchvision()
@@ -344,7 +346,82 @@ def test_the_pipeline_is_left_as_after_a_stock_call(pipe):
     assert pipe.units[-1].request is None
 
 
+def test_every_setting_reaches_the_search(pipe, capsys, monkeypatch):
+    _, result, _ = search(pipe, budget=4, wavelet_name="db2", k_elites=3, popsize=4, dwt_level=1)
+    assert result.state.config == EvolutionConfig(4, 3, "db2", 1)
+    asked = []
+    monkeypatch.setattr("ses_fast.pipelines.base.evolve", lambda *a, **k: asked.append(k) or evolve(*a, **k))
+    search(pipe, budget=1, backend="torch", time_limit=5.0)
+    assert (asked[0]["backend"], asked[0]["time_limit"], asked[0]["include_base"]) == ("torch", 5.0, True)
+    assert "SES" not in capsys.readouterr().err
+    pipe(**BASE | SES, ses_eval_budget=1)
+    assert "SES" in capsys.readouterr().err  # a bar, unless told otherwise
+
+
+# ---------------------------------------------------------------- a pipeline that others changed too
+
+
+def test_a_callback_may_call_the_pipeline(pipe):
+    image, result, _ = search(pipe, budget=8)
+    other = {"num_inference_steps": 5, "sigma_shift": 6.0}
+
+    def best_so_far(found):
+        config = SESConfig(latents=found.latents)
+        assert pipe(**BASE | other, enable_ses=True, ses_config=config).size == (64, 64)
+
+    again, same, _ = search(pipe, budget=8, on_generation=best_so_far)
+    assert np.array_equal(pixels(image), pixels(again)) and same.trace == result.trace
+
+
+def test_a_scheduler_that_was_patched_is_refused_and_kept(pipe, monkeypatch):
+    patched = lambda *args, **kwargs: type(pipe.scheduler).set_timesteps(pipe.scheduler, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", patched, raising=False)
+    with pytest.raises(ValueError, match="in a subclass"):
+        search(pipe)
+    assert pipe.scheduler.set_timesteps is patched
+
+
+def test_a_unit_added_after_ours_is_not_ignored(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "units", [*pipe.units, SimpleNamespace()])
+    with pytest.raises(ValueError, match="not the last of pipe.units"):
+        search(pipe)
+    stranger = pipe.units[-1]
+    ses_fast.enable(pipe)
+    assert pipe.units[-2] is stranger and isinstance(pipe.units[-1], SESUnit)
+    assert sum(isinstance(unit, SESUnit) for unit in pipe.units) == 1
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae_decoder", "reward"])
+def test_compile_seconds_are_in_no_other_stage_whoever_compiled(part):
+    from torch._dynamo import reset
+
+    def slow(module, inputs):  # dynamo's backend
+        time.sleep(0.3)
+        return module
+
+    reset()
+    pipe = ses_fast.enable(tiny_z_image())
+    reward = brightness
+    if part == "reward":
+        reward = torch.compile(lambda images, prompt: images.mean((1, 2, 3)), backend=slow)
+    else:
+        getattr(pipe, part).compile(backend=slow)
+    pipe(**BASE | SES | {"ses_reward_model": reward}, ses_eval_budget=3, ses_config=SESConfig(**QUIET))
+    reset()
+    seconds = dict(pipe.ses_result.seconds)
+    total = seconds.pop("total")
+    assert seconds["compile"] >= 0.3 and min(seconds.values()) >= 0
+    assert sum(seconds.values()) == pytest.approx(total, rel=0.05)
+    stage = {"text_encoder": "prompt", "vae_decoder": "decode", "reward": "reward"}[part]
+    assert seconds[stage] < seconds["compile"]
+
+
 # ---------------------------------------------------------------- seeds
+
+
+def test_a_numpy_integer_is_a_seed(pipe):
+    image, result, _ = search(pipe, budget=2, call={"seed": np.int64(3)})
+    assert result.seed == 3 and np.array_equal(pixels(image), pixels(search(pipe, budget=2)[0]))
 
 
 def test_a_seed_gives_the_image_again_and_leaves_the_global_state(pipe):
@@ -666,3 +743,24 @@ def test_a_unit_that_was_lost_is_not_ignored(pipe, monkeypatch):
         search(pipe)
     ses_fast.enable(pipe)
     assert isinstance(pipe.units[-1], SESUnit) and search(pipe, budget=1)[1].evaluations == 1
+
+
+@pytest.mark.parametrize(
+    "scores, message",
+    [
+        pytest.param([1.0, 2.0, 3.0], "held-out reward 'odd' gave scores of shape", id="too many"),
+        pytest.param(0.5, "held-out reward 'odd' gave scores of shape", id="one number"),
+    ],
+)
+def test_a_held_out_reward_of_the_wrong_shape_is_named_and_nothing_is_lost(pipe, scores, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        search(pipe, budget=3, report_rewards={"odd": lambda images, prompt: scores})
+    assert caught.value.ses_result is pipe.ses_result and pipe.ses_result.evaluations == 3
+
+
+def test_weighed_rewards_that_saw_no_generation_cannot_be_held_out(pipe):
+    from ses_fast.rewards.weighted import WeightedReward
+
+    mixed = WeightedReward({"a": brightness}, {"a": 1.0})
+    with pytest.raises(ValueError, match="'mix' weighs several"):
+        search(pipe, budget=3, report_rewards={"mix": mixed})

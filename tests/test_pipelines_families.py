@@ -10,7 +10,7 @@ from PIL import Image
 import ses_fast
 from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
-from ses_fast.pipelines.base import SESUnit, _at_once
+from ses_fast.pipelines.base import SESUnit, _first_batch_size
 
 mend_torchvision()
 
@@ -216,9 +216,9 @@ def test_the_automatic_batch_halves_where_memory_ends_and_changes_no_result(pipe
 )
 def test_the_automatic_batch_on_a_cpu_is_up_to_a_million_pixels(height, width, popsize, together):
     config = SESConfig(batch_size="auto", popsize=popsize)
-    assert _at_once(config, "cpu", height, width) == together
-    assert _at_once(config, "cuda:1", height, width) == 0  # one alone shows what fits
-    assert _at_once(SESConfig(batch_size=3), "cpu", height, width) == 3
+    assert _first_batch_size(config, "cpu", height, width) == together
+    assert _first_batch_size(config, "cuda:1", height, width) is None  # one alone shows what fits
+    assert _first_batch_size(SESConfig(batch_size=3), "cpu", height, width) == 3
 
 
 @pytest.mark.parametrize("family", ["Z-Image"])

@@ -1,6 +1,5 @@
 """sample_population and its noise: Random123's own vectors, PyWavelets, and what a seed promises."""
 
-import inspect
 import math
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import pywt
 import torch
 
-from ses_fast import ops, reference
+from ses_fast import ops
 from ses_fast.reference import philox4x32, philox_normal
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-6}  # fp64: the low band itself stays fp32
@@ -199,9 +198,3 @@ def test_triton_by_name_raises_here():
         pytest.skip("says what happens without a CUDA device")
     with pytest.raises(RuntimeError, match="cannot run here"):
         call(backend="triton")
-
-
-def test_public_op_is_the_reference_and_a_backend():
-    parameters = dict(inspect.signature(ops.sample_population).parameters)
-    assert parameters.pop("backend").default is None
-    assert parameters == dict(inspect.signature(reference.sample_population).parameters)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ses_fast
+from ses_fast import spectral
 from ses_fast.evolution import EvolutionConfig, SearchState, ask, start
 from ses_fast.loop import STAGES, Evaluation
 
@@ -463,3 +464,46 @@ def test_progress_bar(capsys) -> None:
     assert "10/10" in bar and "SES" in bar and "best=" in bar
     evolve()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_progress_bar_is_the_default(capsys) -> None:
+    ses_fast.evolve(BASE, Objective(), 2, dwt_level=2, seed=0)
+    assert "SES" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- torch's global settings
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("source", ["seed", "generator"])
+def test_the_default_dtype_changes_nothing(dtype, source) -> None:
+    plain, objective = evolve(**noise(source)), Objective()
+    torch.set_default_dtype(dtype)
+    try:
+        other = evolve(objective, **noise(source))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.trace == plain.trace and torch.equal(other.latents, plain.latents)
+    assert other.state.mean.dtype == other.state.elite_low.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wavelet", ["db1", "db2"])
+@pytest.mark.parametrize("source", ["seed", "generator"])
+def test_the_default_device_changes_nothing(source, wavelet) -> None:
+    base = torch.randn(1, 16, 32, 32)  # more numbers than are drawn ahead
+    plain = evolve(base=base, level=1, wavelet=wavelet, **noise(source))
+    spectral._matrices.cache_clear()
+    with torch.device("meta"):
+        other = evolve(base=base, level=1, wavelet=wavelet, **noise(source))
+        loaded = SearchState.load_state_dict(other.state.state_dict())
+    assert other.trace == plain.trace and torch.equal(other.latents, plain.latents)
+    assert loaded.mean.device.type == "cpu"
+
+
+def test_a_warning_points_at_the_users_line() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            options = dict(dwt_level=1, seed=1, progress=False, popsize=4)
+            ses_fast.search(BASE, Objective([NAN, 1, 2, 3]), 4, **options)
+    assert [warning.filename for warning in caught] == [__file__]

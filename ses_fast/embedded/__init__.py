@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .world import judge, split_scenes
-
 if TYPE_CHECKING:
     from .pipeline import EmbeddedPipeline
 
@@ -20,8 +18,22 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def captions(heldout: bool = True) -> list[str]:
     """The 200 captions never trained on, or the 9,320 that were; always in the same order."""
+    from .world import split_scenes
+
     train, held_out = split_scenes()
     return [str(scene) for scene in (held_out if heldout else train)]
+
+
+def judge(image: Any, caption: str) -> dict[str, bool]:
+    """The oracle: which facts of `caption` hold in `image`, and "all".
+
+    image: a PIL image, or a (3, H, W) or (1, 3, H, W) tensor in [-1, 1] (values outside are clamped).
+    Raises ValueError when the caption is not of this world or the image is neither; ImportError, naming the extra,
+    without numpy and scipy.
+    """
+    from .world import judge as read
+
+    return read(image, caption)
 
 
 def load_pipeline(device: torch.device | str = "cpu", torch_dtype: torch.dtype = torch.float32) -> "EmbeddedPipeline":

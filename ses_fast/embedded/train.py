@@ -1,4 +1,4 @@
-"""Trains the embedded model and its two rewards from nothing: `python -m ses_fast.embedded.train --run runs/embedded`.
+"""Trains the embedded model and its two rewards from nothing: `python -m ses_fast.embedded.train`.
 
 The stages, in order (each can be named alone; a stage that is done is skipped, one that was interrupted goes on from
 its last checkpoint): autoencoder, latents, reward, heldout, teacher, model, export. Every batch is a function of the
@@ -636,7 +636,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(Training.names)}; all of them when none is named")
-    parser.add_argument("--run", type=Path, required=True, help="where checkpoints, data and logs are kept")
+    parser.add_argument("--run", type=Path, default=Path("runs/embedded"), help="where checkpoints, data and logs are")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default when not given)")

@@ -218,11 +218,7 @@ def _name_shape(mask: np.ndarray, filled: np.ndarray) -> str | None:
 
 
 def judge(image, caption: str) -> dict[str, bool]:
-    """Which facts of `caption` hold in `image`, and "all".
-
-    image: a PIL image, or a (3, H, W) or (1, 3, H, W) tensor in [-1, 1] (values outside are clamped).
-    Raises ValueError when the caption is not of this world or the image is neither.
-    """
+    """`embedded.judge`."""
     scene = parse(caption)
     seen = see(_to_uint8(image))
     first = [s for s in seen if s.colour == scene.first.colour]

@@ -34,9 +34,9 @@ def enable(pipe: Any, *, compile: bool | str = False) -> Any:
     Raises ValueError for what is no supported pipeline, and for another `compile`.
     """
     family, mode = _family(pipe), compile_mode(compile)
-    install(pipe, family)
     if mode is not None:
         compile_blocks(pipe, mode)
+    install(pipe, family)
     return pipe
 
 

@@ -11,7 +11,6 @@ import functools
 import inspect
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import warn
 from ..evolution import EvolutionConfig, SearchState, check_base, check_noise, whole_number
 from ..loop import HeldOut, SearchResult, check_options, check_state, evolve
 
@@ -32,9 +32,10 @@ class SESConfig:
     popsize, k_elites, wavelet_name: as in `evolve`.
     dwt_level: a number, or "auto": 4 from 1024 pixels on the shorter side, one less with each halving,
         never below 1; with `state` the state's.
-    batch_size: previews denoised together; it changes them by rounding only. One by one, with a warning,
-        where the call's inputs allow no batch. "auto": what fits in the free memory of a GPU, halved when
-        that runs out; on a CPU up to a million pixels. Its scores, and looks at the clock, come once a generation.
+    batch_size: how many previews are denoised together; they change by rounding only. Where the call's inputs
+        allow no batch they go one by one, with a warning. "auto": on a GPU what fits in its free memory, halved
+        if that runs out; on a CPU up to a million pixels. With "auto", and under VRAM management, scoring,
+        on_preview and time_limit come once a generation.
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
     generator: a CPU torch.Generator to draw from instead, as in `evolve`.
@@ -111,6 +112,8 @@ class SESConfig:
         return EvolutionConfig(self.popsize, self.k_elites, self.wavelet_name, level)
 
 
+PER_CALL_LORAS = ("lora", "positive_only_lora", "negative_lora")  # arguments of the call
+ONE_SIDED_LORAS = ("positive_only_lora", "negative_only_lora")  # what the units make of them
 # What `enable` takes for compile -> torch.compile's mode. CUDA graphs would hold one graph's memory per shape.
 COMPILE_MODES: dict[bool | str, str] = {
     True: "default",
@@ -130,11 +133,16 @@ class Request:
     seed: int | None  # of the search
     held_out: dict[str, Callable[[Tensor, str], Any]] = field(default_factory=dict)
     from_state: bool = False  # the base is the state's: the call has no seed that makes it
-    schedule: dict[str, Any] = field(default_factory=dict)  # what the call gave scheduler.set_timesteps
+    final_steps: int = 0  # what the call gave scheduler.set_timesteps
+    scheduler: Any = None  # the previews': the same in their own number of steps
     input_latents: Tensor | None = None  # what it gave scheduler.add_noise; FLUX.1 hands it to no later unit
     begin: float = 0.0
     found: float = 0.0  # when the search had ended
     compiling: float = 0.0  # seconds so far
+
+    def clock(self, device: torch.device | str) -> float:
+        """Seconds, when the device has done what it was given; it stands still while dynamo compiles."""
+        return _clock(device) - self.compiling
 
 
 class SESPipeline:
@@ -158,12 +166,12 @@ class SESPipeline:
         ses_reward_model: a name or a dict of weights for `load_reward`, a loaded reward, or any callable that
             takes images (n, 3, H, W) in [-1, 1] and the prompt, and returns n scores, higher for better.
         ses_eval_budget: how many previews are made and scored.
-        ses_inference_steps: the steps of a preview. With num_inference_steps of them the final image is the
-            best preview itself; more are a waste, which is warned of.
+        ses_inference_steps: the steps of a preview. With as many as num_inference_steps the final image equals
+            the best preview; more only cost time, and give a warning.
         ses_config: everything else. Without enable_ses=True these four do nothing.
 
         Afterwards `pipe.ses_result` is the SearchResult, with seconds for prompt, ask, denoise, decode,
-        reward, tell, final, held_out where asked for, and compile, which is in none of the others. An exception
+        reward, tell, final, held_out where asked for, and compile (counted in no other stage). An exception
         leaves as it came; `pipe.ses_result` is then what was found before it. Raises ValueError for bad input
         before any work.
         """
@@ -187,11 +195,13 @@ class SESPipeline:
                 "ses_reward_model must be the name of a reward, a dict of names to weights or a "
                 f"callable(images, prompt), got {ses_reward_model!r}"
             )
+        if config.latents is not None and given.get("initial_noise") is not None:
+            raise ValueError("give initial_noise= or SESConfig(latents=), not both")
         budget = whole_number("ses_eval_budget", ses_eval_budget, 1)
         steps = whole_number("ses_inference_steps", ses_inference_steps, 1)
-        unit = next((unit for unit in self.units if isinstance(unit, SESUnit)), None)
-        if unit is None:
-            raise ValueError("pipe.units has lost the unit that searches: call ses_fast.enable(pipe) again")
+        unit = self.units[-1] if self.units else None
+        if not isinstance(unit, SESUnit):
+            raise ValueError("the unit that searches is not the last of pipe.units: call ses_fast.enable(pipe) again")
         unit.check(self, given)
         seed, search_seed = _seeds(given.get("seed"), config)
         if isinstance(ses_reward_model, str | Mapping) and config.latents is None:
@@ -209,19 +219,20 @@ class SESPipeline:
         from_state = config.state is not None and given.get("seed") is None and given.get("initial_noise") is None
         request = Request(config, ses_reward_model, budget, steps, search_seed, from_state=from_state)
         request.held_out = _held_out(config.report_rewards, self.device)
-        request.begin = _clock(self.device)
+        request.begin = request.clock(self.device)
         try:
             with unit.asked(request), _noted(self.scheduler, request), _compile_clock(request):
                 image = call(*args, **kwargs)
         except BaseException:
             self.load_models_to_device([])  # what a failed preview left there
+            if any(given.get(name) is not None for name in PER_CALL_LORAS):
+                self.clear_lora(verbose=0)  # a forward that fails leaves it in the model
             raise
         if self.ses_result is None:  # given latents
             return image
-        seconds = self.ses_result.seconds
-        seconds["final"] = _clock(self.device) - request.found - (request.compiling - seconds["compile"])
-        seconds["compile"] = request.compiling
-        seconds["total"] = _clock(self.device) - request.begin
+        now, seconds = request.clock(self.device), self.ses_result.seconds
+        seconds |= {"final": now - request.found, "compile": request.compiling}
+        seconds["total"] = now - request.begin + request.compiling
         return image
 
 
@@ -238,7 +249,6 @@ class SESUnit:
     text: tuple[str, ...] = ()  # those of `together` that CFG's two sides can share a batch by: [1, ...] each
     refused: dict[str, str] = {}  # arguments of the call that SES cannot go with, and why
     request: Request | None = None
-    compiled: tuple[tuple[Any, Any], ...] = ()  # what `compile_blocks` compiled, and what was compiled before
 
     def __init__(self) -> None:
         super().__init__(  # type: ignore[call-arg]
@@ -287,12 +297,24 @@ class SESUnit:
         for name, why in self.refused.items():
             if given.get(name) is not None:
                 raise ValueError(f"SES cannot go with {name}=: {why}")
-        for name in ("lora", "positive_only_lora", "negative_lora"):
-            hot = getattr(pipe.dit, "vram_management_enabled", False) or getattr(pipe.dit, "quantize_config", None)
-            if given.get(name) is not None and not hot:
+        if {"set_timesteps", "add_noise"} & vars(pipe.scheduler).keys():
+            raise ValueError(
+                "SES needs the scheduler's own set_timesteps and add_noise: replace them in a subclass, "
+                "not on pipe.scheduler itself"
+            )
+        hot = getattr(pipe.dit, "vram_management_enabled", False) or getattr(pipe.dit, "quantize_config", None)
+        for name in PER_CALL_LORAS:
+            if given.get(name) is None:
+                continue
+            if not hot:
                 raise ValueError(
                     f"with SES, {name}= needs pipe.dit = pipe.enable_lora_hot_loading(pipe.dit) first: otherwise "
                     "DiffSynth adds the LoRA to the weights again in every step of every preview"
+                )
+            if any(getattr(module, "lora_A_weights", None) for module in pipe.dit.modules()):
+                raise ValueError(
+                    f"with SES, {name}= cannot go with a LoRA that is loaded already: DiffSynth clears both after the "
+                    "first forward. Call pipe.clear_lora(), or load both and leave the argument out"
                 )
 
     def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
@@ -326,7 +348,12 @@ class SESUnit:
                 best = _given_noise(request.config.latents, base)
             else:
                 previews = Previews(self, pipe, request, inputs_shared, inputs_posi, inputs_nega)
-                best = _search(pipe, request, base, inputs_shared, previews)
+                schedule = dict(vars(pipe.scheduler))
+                try:
+                    best = _search(pipe, request, base, inputs_shared, previews)
+                finally:  # a callback may have called the pipeline
+                    vars(pipe.scheduler).clear()
+                    vars(pipe.scheduler).update(schedule)
             noise = self.pack(best)
             inputs_shared |= {
                 "noise": noise,
@@ -354,15 +381,13 @@ class Previews:
         self.seconds = dict.fromkeys(("denoise", "decode", "reward"), 0.0)
         self.done = request.config.state.evaluations if request.config.state is not None else 0
 
-        final = request.schedule["num_inference_steps"]
+        final = request.final_steps
         if request.steps > final:
-            warnings.warn(
+            warn(
                 f"ses_inference_steps={request.steps} makes a preview dearer than the final image with its "
                 f"{final} steps: ses_inference_steps={final} is enough",
-                stacklevel=2,
             )
-        self.scheduler = copy.copy(pipe.scheduler)
-        self.scheduler.set_timesteps(**request.schedule | {"num_inference_steps": request.steps})
+        self.scheduler = request.scheduler
 
         self.whole_generations = getattr(request.reward, "whole_generations", False)  # `evolve` looks for it
         config = request.config
@@ -370,21 +395,25 @@ class Previews:
         inputs = {name: value for items in given for name, value in items if value is not None}
         self.model_fn = unit.model_fn_together(pipe, inputs)
         self.both = None if self.model_fn is None else self.both_sides()
-        self.halve = config.batch_size == "auto"
-        n = _at_once(config, pipe.device, shared["height"], shared["width"])
-        alone = 1 if n == 1 or self.model_fn is None else n
-        self.together = {"denoise": alone, "decode": 1 if shared.get("tiled") else n}  # tiles are for want of memory
+        self.automatic = config.batch_size == "auto"
+        n = _first_batch_size(config, pipe.device, shared["height"], shared["width"])
+        alone = 1 if self.model_fn is None else n
+        # How many go together; None where one alone is to show what fits.
+        self.together: dict[str, int | None] = {
+            "denoise": alone,
+            "decode": 1 if shared.get("tiled") else n,
+        }  # tiles are for want of memory
         if alone != n:
-            warnings.warn(
+            warn(
                 "the call's inputs or the pipeline's model_fn allow no batch: previews go one by one",
-                stacklevel=2,
             )
 
     def both_sides(self) -> dict[str, Tensor] | None:
         """What the model takes of the prompt and of the negative one, joined: [2, ...]. None where they go apart."""
-        loras = ("positive_only_lora", "negative_only_lora")
-        if not self.unit.text or self.shared["cfg_scale"] == 1 or any(self.shared.get(lora) for lora in loras):
+        if not self.unit.text or self.shared["cfg_scale"] == 1 or any(map(self.shared.get, ONE_SIDED_LORAS)):
             return None
+        if getattr(self.pipe.cfg_guided_model_fn, "__qualname__", "") != "BasePipeline.cfg_guided_model_fn":
+            return None  # the user's own: it may guide otherwise
         both = {}
         for name in self.unit.takes & self.posi.keys() & self.nega.keys():
             a, b = self.posi[name], self.nega[name]
@@ -407,7 +436,7 @@ class Previews:
         noises: Tensor,  # [n, C, h, w]
     ) -> Any:
         """n scores, as the reward gave them."""
-        lap = _Laps(self.seconds, self.pipe.device)
+        lap = _Laps(self.seconds, lambda: self.request.clock(self.pipe.device))
         images = self.images(noises, lap)
         scores = self.request.reward(images, self.posi["prompt"])
         lap("reward")
@@ -438,11 +467,15 @@ class Previews:
     ) -> dict[str, HeldOut]:
         """What each reward of the request that took no part in the search says of both."""
         images = self.images(torch.cat([base, answer]), lambda stage: None)
-        scores = {
-            name: [float(score) for score in reward(images, self.posi["prompt"])]
-            for name, reward in self.request.held_out.items()
-        }
-        return {name: HeldOut(*two) for name, two in scores.items()}
+        found = {}
+        for name, reward in self.request.held_out.items():
+            scores = torch.as_tensor(reward(images, self.posi["prompt"]))
+            if scores.shape != (2,):
+                raise ValueError(f"held-out reward {name!r} gave scores of shape {tuple(scores.shape)} for 2 images")
+            if not scores.isfinite().all():
+                warn(f"the held-out reward {name!r} gave a score that is not finite")
+            found[name] = HeldOut(*scores.tolist())
+        return found
 
     def in_batches(
         self,
@@ -450,27 +483,34 @@ class Previews:
         run: Callable[[Tensor], Tensor],
         inputs: Tensor,  # [n, ...]
     ) -> Tensor:  # [n, ...]
-        """`run` on all of them, as many at once as the stage may have; with "auto" fewer when memory runs out."""
+        """`run` on all of them, as many at once as the stage may have; with "auto" fewer when memory runs out.
+
+        CFG's two sides then no longer share a batch, whoever chose its size.
+        """
         done: list[Tensor] = []
         device = self.pipe.device
         while len(inputs):
             n = min(self.together[stage] or 1, len(inputs))
-            held = 0
-            if self.together[stage] == 0:
+            to_be_measured = self.together[stage] is None
+            if to_be_measured:
                 torch.cuda.reset_peak_memory_stats(device)
                 held = torch.cuda.memory_allocated(device)
             try:
                 part = run(inputs[:n])
             except torch.OutOfMemoryError:
-                if not self.halve or n == 1:
+                shared = stage == "denoise" and n > 1 and self.both is not None
+                if not shared and (not self.automatic or n == 1):
                     raise
                 part = None
             if part is None:  # outside of the except, whose traceback holds the tensors that were too many
-                self.together[stage] = n // 2
+                if shared:
+                    self.both = None
+                else:
+                    self.together[stage] = n // 2
                 if _on_gpu(device):
                     torch.cuda.empty_cache()
                 continue
-            if self.together[stage] == 0:
+            if to_be_measured:
                 one = max(1, torch.cuda.max_memory_allocated(device) - held)
                 self.together[stage] = min(self.request.config.popsize, max(1, int(0.8 * _free_memory(device)) // one))
             done.append(part)
@@ -498,7 +538,12 @@ class Previews:
         # One alone goes the final image's way, to be equal bit for bit.
         if len(latents) == 1 or self.both is None:
             model_fn = pipe.model_fn if len(latents) == 1 else self.model_fn
-            return pipe.cfg_guided_model_fn(model_fn, scale, inputs, self.posi, self.nega, **others)
+            try:
+                return pipe.cfg_guided_model_fn(model_fn, scale, inputs, self.posi, self.nega, **others)
+            except torch.OutOfMemoryError:  # to be tried again: without what this forward left in the model
+                if any(inputs.get(lora) is not None for lora in ONE_SIDED_LORAS):
+                    pipe.clear_lora(verbose=0)
+                raise
         assert self.model_fn is not None
         twice = {**self.posi, **inputs, **self.both, **others, "latents": torch.cat([latents, latents])}
         posi, nega = self.model_fn(**twice).chunk(2)
@@ -506,7 +551,7 @@ class Previews:
 
 
 def install(pipe: Any, family: type[SESUnit]) -> None:
-    """Puts `SESPipeline` before the class of `pipe`, and a `family()` last in its units; not twice."""
+    """Puts `SESPipeline` before the class of `pipe`, and one `family()` last in its units."""
     if not isinstance(pipe, SESPipeline):
         stock = type(pipe)
         names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -515,16 +560,14 @@ def install(pipe: Any, family: type[SESUnit]) -> None:
             (SESPipeline, stock),
             names | {"_ses_stock": stock, "__call__": _documented(stock.__call__)},
         )
-    if not any(isinstance(unit, SESUnit) for unit in pipe.units):
-        pipe.units.append(family())
+    ours = [unit for unit in pipe.units if isinstance(unit, SESUnit)] or [family()]
+    pipe.units[:] = [unit for unit in pipe.units if unit not in ours] + ours[:1]
 
 
 def remove(pipe: Any) -> None:
     """Undoes `install` and `compile_blocks`, and forgets the last result."""
     pipe.__class__ = pipe._ses_stock
-    for unit in pipe.units:
-        for module, before in getattr(unit, "compiled", ()):
-            module._compiled_call_impl = before
+    _undo_compilation(pipe)
     pipe.units[:] = [unit for unit in pipe.units if not isinstance(unit, SESUnit)]
     vars(pipe).pop("ses_result", None)
 
@@ -543,17 +586,38 @@ def compile_blocks(pipe: Any, mode: str) -> None:
     """Compiles the repeated blocks of the pipeline's models in place, as `pipe.compile_pipeline()` does.
 
     Its dynamic shapes are kept: a prompt of another length, another size or a shorter batch is no new graph,
-    only one candidate against several is. Does nothing where it was done. Raises ValueError where there is
-    nothing to compile.
+    only one candidate against several is. Does nothing where it was done; another mode, or a model that was
+    replaced, is compiled anew. Raises ValueError where there is nothing to compile.
     """
-    unit = next(unit for unit in pipe.units if isinstance(unit, SESUnit))
-    if unit.compiled:
+    models = [getattr(pipe, name, None) for name in getattr(pipe, "compilable_models", ())]
+    done: Compiled | None = vars(pipe).get("_ses_compiled")
+    if done is not None and done.mode == mode and all(a is b for a, b in zip(done.models, models, strict=True)):
         return
+    _undo_compilation(pipe)
     before = [(module, module._compiled_call_impl) for module in pipe.modules()]
-    pipe.compile_pipeline(mode=mode)
-    unit.compiled = tuple((module, was) for module, was in before if module._compiled_call_impl is not was)
-    if not unit.compiled:
+    # A block is a graph for one candidate and one for several, and each of these for every state that VRAM management
+    # and hot-loaded LoRAs give it: past dynamo's own limit of 8 it would run uncompiled.
+    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    pipe.compile_pipeline(mode=mode, **limit)
+    changed = [(module, was) for module, was in before if module._compiled_call_impl is not was]
+    if not changed:
         raise ValueError("the pipeline has no model to compile: load its dit first, or leave compile out")
+    pipe._ses_compiled = Compiled(mode, models, changed)
+
+
+@dataclass
+class Compiled:
+    """What `compile_blocks` did to a pipeline."""
+
+    mode: str
+    models: list[Any]
+    changed: list[tuple[Any, Any]]  # each block, and what it was compiled to before
+
+
+def _undo_compilation(pipe: Any) -> None:
+    done: Compiled | None = vars(pipe).pop("_ses_compiled", None)
+    for module, before in done.changed if done else ():
+        module._compiled_call_impl = before
 
 
 def _documented(stock_call: Callable) -> Callable:
@@ -588,6 +652,12 @@ def _start_weighing(reward: Any, config: SESConfig, budget: int) -> None:
 def _held_out(rewards: Any, device: Any) -> dict[str, Callable[[Tensor, str], Any]]:
     """`SESConfig.report_rewards`, loaded."""
     if isinstance(rewards, Mapping):
+        for name, reward in rewards.items():
+            if getattr(reward, "whole_generations", False) and reward.scale is None:
+                raise ValueError(
+                    f"the held-out reward {name!r} weighs several by a first generation that it never sees: "
+                    "name each of them, or set its scale"
+                )
         return dict(rewards)
     from ..rewards import load_reward
 
@@ -596,13 +666,13 @@ def _held_out(rewards: Any, device: Any) -> dict[str, Callable[[Tensor, str], An
 
 def _seeds(seed: int | None, config: SESConfig) -> tuple[int | None, int | None]:
     """The call's seed and the search's. One that is drawn serves both: result.seed gives the image again."""
-    check_noise(seed, None)
+    seed = check_noise(seed, None)
     if config.state is not None:  # without a seed the base is the state's, and any seed keeps torch's state as it is
         return 0 if seed is None else seed, config.seed
     if config.seed is not None or config.generator is not None:
         return seed, config.seed
     if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     return seed, seed
 
 
@@ -618,7 +688,7 @@ def _search(
     if request.from_state:
         base = _given_noise(config.state.base, base)  # type: ignore[union-attr]
     evolution = config.evolution(shared["height"], shared["width"])
-    prompt = _clock(pipe.device) - request.begin
+    prompt, compiled = request.clock(pipe.device) - request.begin, request.compiling
     try:
         pipe.ses_result = evolve(
             base,
@@ -648,16 +718,21 @@ def _search(
     finally:
         if pipe.ses_result is not None:
             seconds = pipe.ses_result.seconds
-            seconds["other"] += seconds.pop("objective") - sum(previews.seconds.values())  # on_preview's
+            # on_preview's; evolve's clock goes on while dynamo compiles
+            seconds["other"] += seconds.pop("objective") - sum(previews.seconds.values())
+            seconds["other"] -= request.compiling - compiled
             seconds.update(prompt=prompt, compile=request.compiling, **previews.seconds)
-            seconds["denoise"] -= request.compiling
-            seconds["total"] += prompt
-    found = _clock(pipe.device)
+            seconds["total"] += prompt + compiled
     if request.held_out:
-        held_out = previews.held_out(base, pipe.ses_result.latents)
+        found = request.clock(pipe.device)
+        try:
+            held_out = previews.held_out(base, pipe.ses_result.latents)
+        except BaseException as error:
+            object.__setattr__(error, "ses_result", pipe.ses_result)
+            raise
         pipe.ses_result = replace(pipe.ses_result, held_out=held_out)
-        seconds["held_out"] = _clock(pipe.device) - found
-    request.found = _clock(pipe.device)
+        seconds["held_out"] = request.clock(pipe.device) - found
+    request.found = request.clock(pipe.device)
     return pipe.ses_result.latents
 
 
@@ -686,7 +761,7 @@ def _first_latents(
 
 @contextmanager
 def _noted(scheduler: Any, request: Request) -> Iterator[None]:
-    """Notes in `request` what the pipeline's call gives its scheduler.
+    """Notes in `request` what the pipeline's call gives its scheduler, and makes the previews' of it.
 
     Previews need the same with other steps. It differs between families, and some of it (Z-Image's
     sigma_shift, FLUX.1's input image) reaches no later unit. The pipeline sets its timesteps once, first of
@@ -695,7 +770,11 @@ def _noted(scheduler: Any, request: Request) -> Iterator[None]:
 
     def set_timesteps(num_inference_steps: int, **others: Any) -> None:
         del scheduler.set_timesteps
-        request.schedule = others | {"num_inference_steps": num_inference_steps}
+        request.final_steps, request.scheduler = num_inference_steps, copy.copy(scheduler)
+        vars(request.scheduler).pop("add_noise", None)
+        request.scheduler.set_timesteps(request.steps, **others)
+        if request.config.latents is None and not request.scheduler.sigmas.isfinite().all():
+            raise ValueError(f"this pipeline has no schedule of {request.steps} steps: give more ses_inference_steps")
         scheduler.set_timesteps(num_inference_steps, **others)
 
     def add_noise(original_samples: Tensor, *args: Any, **others: Any) -> Tensor:
@@ -737,11 +816,11 @@ def _compile_clock(request: Request) -> Iterator[None]:
         callback_handler.remove_end_callback(end)
 
 
-def _at_once(config: SESConfig, device: torch.device | str, height: int, width: int) -> int:
-    """How many previews of height x width pixels go together; 0 where one alone is to show what fits."""
+def _first_batch_size(config: SESConfig, device: torch.device | str, height: int, width: int) -> int | None:
+    """How many previews of height x width pixels go together; None where one alone is to show what fits."""
     if isinstance(config.batch_size, int):
         return config.batch_size
-    return 0 if _on_gpu(device) else min(config.popsize, max(1, 2**20 // (height * width)))
+    return None if _on_gpu(device) else min(config.popsize, max(1, 2**20 // (height * width)))
 
 
 def _on_gpu(device: torch.device | str) -> bool:
@@ -757,12 +836,12 @@ def _free_memory(device: torch.device | str) -> int:
 class _Laps:
     """Adds the time since the last lap to a stage."""
 
-    def __init__(self, seconds: dict[str, float], device: torch.device | str) -> None:
-        self.seconds, self.device = seconds, device
-        self.last = _clock(device)
+    def __init__(self, seconds: dict[str, float], clock: Callable[[], float]) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.last = clock()
 
     def __call__(self, stage: str) -> None:
-        now = _clock(self.device)
+        now = self.clock()
         self.seconds[stage] += now - self.last
         self.last = now
 

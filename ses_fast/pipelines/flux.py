@@ -32,7 +32,11 @@ class Flux(SESUnit, PipelineUnit):
     def for_previews(self, shared: dict[str, Any]) -> dict[str, Any]:
         return shared | {"tea_cache": None}  # it counts the steps of one image, and skips some
 
-    def forward_together(self, prompt_emb: Tensor, **inputs: Any) -> Tensor:
+    def forward_together(
+        self,
+        prompt_emb: Tensor,  # [1 or 2, L, E]
+        **inputs: Any,
+    ) -> Tensor:
         # The rest is [1, ...] or, of CFG's two sides, [2, ...].
         n = len(inputs["latents"])
         inputs["pooled_prompt_emb"] = _rows(inputs["pooled_prompt_emb"], n)

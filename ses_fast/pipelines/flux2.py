@@ -37,8 +37,12 @@ class Flux2(SESUnit, PipelineUnit):
     ) -> Tensor:  # [n, h*w, 128], a view as the pipeline's own noise is: its strides have a part in the rounding
         return noises.flatten(2).transpose(1, 2)
 
-    def forward_together(self, prompt_embeds: Tensor, **inputs: Any) -> Tensor:
-        rows = len(inputs["latents"]) // len(prompt_embeds)  # prompt_embeds is [1, L, E], or CFG's two sides
+    def forward_together(
+        self,
+        prompt_embeds: Tensor,  # [1, L, E], or CFG's two sides
+        **inputs: Any,
+    ) -> Tensor:
+        rows = len(inputs["latents"]) // len(prompt_embeds)
         return model_fn_flux2(prompt_embeds=prompt_embeds.repeat_interleave(rows, dim=0), **inputs)
 
     def decode(

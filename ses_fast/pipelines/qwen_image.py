@@ -16,29 +16,6 @@ from diffsynth.pipelines.qwen_image import model_fn_qwen_image  # noqa: E402
 from .base import SESUnit  # noqa: E402
 
 
-class QwenImage(SESUnit, PipelineUnit):
-    """The search's unit for `QwenImagePipeline`."""
-
-    decoder = "vae"
-    model_fn = staticmethod(model_fn_qwen_image)
-    takes = frozenset(inspect.signature(model_fn_qwen_image).parameters)
-    text = ("prompt_emb", "prompt_emb_mask")
-    together = frozenset({"latents", "height", "width", "num_inference_steps", *text})
-    refused = {"layer_num": "it makes several images of one noise, and a search scores one"}
-
-    def forward_together(self, **inputs: Any) -> Tensor:
-        return forward_together(**inputs)
-
-    def decode(
-        self,
-        pipe: Any,
-        latents: Tensor,  # [n, 16, h, w]
-        shared: dict[str, Any],
-    ) -> Tensor:  # [n, 3, H, W]
-        tiles = {name: shared[name] for name in ("tiled", "tile_size", "tile_stride")}
-        return pipe.vae.decode(latents, device=pipe.device, **tiles)
-
-
 def forward_together(
     dit: Any,
     latents: Tensor,  # [n, 16, h, w], candidates for one prompt; with CFG's two sides first its, then the negative's
@@ -61,3 +38,24 @@ def forward_together(
     image = dit.proj_out(dit.norm_out(image, modulation))  # [n, S, 64]
     patches = image.unflatten(2, (-1, 2, 2)).unflatten(1, shape[1:])  # [n, h/2, w/2, 16, 2, 2]
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class QwenImage(SESUnit, PipelineUnit):
+    """The search's unit for `QwenImagePipeline`."""
+
+    decoder = "vae"
+    forward_together = staticmethod(forward_together)
+    model_fn = staticmethod(model_fn_qwen_image)
+    takes = frozenset(inspect.signature(model_fn_qwen_image).parameters)
+    text = ("prompt_emb", "prompt_emb_mask")
+    together = frozenset({"latents", "height", "width", "num_inference_steps", *text})
+    refused = {"layer_num": "it makes several images of one noise, and a search scores one"}
+
+    def decode(
+        self,
+        pipe: Any,
+        latents: Tensor,  # [n, 16, h, w]
+        shared: dict[str, Any],
+    ) -> Tensor:  # [n, 3, H, W]
+        tiles = {name: shared[name] for name in ("tiled", "tile_size", "tile_stride")}
+        return pipe.vae.decode(latents, device=pipe.device, **tiles)

@@ -17,29 +17,6 @@ from diffsynth.pipelines.z_image import model_fn_z_image, model_fn_z_image_turbo
 from .base import SESUnit  # noqa: E402
 
 
-class ZImage(SESUnit, PipelineUnit):
-    """The search's unit for `ZImagePipeline`."""
-
-    model_fn = staticmethod(model_fn_z_image)
-    takes = frozenset(inspect.signature(model_fn_z_image_turbo).parameters)  # model_fn hands it what it does not name
-    together = frozenset({"latents", "prompt_embeds"})
-
-    def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
-        omni = pipe.dit.siglip_embedder is not None  # another forward
-        return None if omni else super().model_fn_together(pipe, inputs)
-
-    def forward_together(self, **inputs: Any) -> Tensor:
-        return forward_together(**inputs)
-
-    def decode(
-        self,
-        pipe: Any,
-        latents: Tensor,  # [n, C, h, w]
-        shared: dict[str, Any],
-    ) -> Tensor:  # [n, 3, H, W]
-        return pipe.vae_decoder(latents)
-
-
 def forward_together(
     dit: Any,
     latents: Tensor,  # [n, C, h, w], candidates for one prompt
@@ -84,3 +61,24 @@ def forward_together(
     tokens = dit.all_final_layer["2-1"](tokens, modulation)
     frames = dit.unpatchify(list(tokens), sequence["x_size"])  # n of [C, 1, h, w]; drops padding and text
     return -torch.cat(frames, dim=1).transpose(0, 1)
+
+
+class ZImage(SESUnit, PipelineUnit):
+    """The search's unit for `ZImagePipeline`."""
+
+    forward_together = staticmethod(forward_together)
+    model_fn = staticmethod(model_fn_z_image)
+    takes = frozenset(inspect.signature(model_fn_z_image_turbo).parameters)  # model_fn hands it what it does not name
+    together = frozenset({"latents", "prompt_embeds"})
+
+    def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        omni = pipe.dit.siglip_embedder is not None  # another forward
+        return None if omni else super().model_fn_together(pipe, inputs)
+
+    def decode(
+        self,
+        pipe: Any,
+        latents: Tensor,  # [n, C, h, w]
+        shared: dict[str, Any],
+    ) -> Tensor:  # [n, 3, H, W]
+        return pipe.vae_decoder(latents)
