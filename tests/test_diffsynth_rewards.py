@@ -3,9 +3,9 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from test_rewards import make_images
 from tiny_clip import PILImageProcessor, transformers
@@ -78,7 +78,8 @@ def as_published(metric):
 
 
 def save(metric, folder):
-    save_file({key: value.contiguous() for key, value in as_published(metric).items()}, folder / "model.safetensors")
+    state = {key: value.contiguous() for key, value in as_published(metric).items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors")
 
 
 def aesthetic(folder, **vision):
@@ -133,6 +134,7 @@ def stock_scores(metric, images, prompt):
         pytest.param(96, 160, id="wide"),
         pytest.param(167, 93, id="tall-odd"),
         pytest.param(40, 50, id="smaller-than-the-model's"),
+        pytest.param(64, 67, id="odd-cut"),  # by 3: torchvision, as image_reward, crops at 2, transformers at 1
     ],
 )
 def test_equals_the_metric(metric_and_load, height, width):
@@ -172,9 +174,33 @@ def test_a_prompt_matters_to_image_reward_alone(metric_and_load):
 def test_aesthetic_weights_that_do_not_fill_the_model_are_refused(tmp_path):
     metric = aesthetic(tmp_path, **TOWER, image_size=64, patch_size=16, projection_dim=32)
     state = {key: value for key, value in as_published(metric).items() if key != "layers.4.bias"}
-    save_file(state, tmp_path / "model.safetensors")
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="lack.*4.bias"):
         ses_fast.load_reward("aesthetic", tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(b"xx", "SafetensorError", id="cut-off"),
+        pytest.param(safetensors.torch.save({"a": torch.zeros(1)}), "ValueError", id="of-another-model"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_to_do(monkeypatch, tmp_path, name, content, reason):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    bert_tokenizer(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        ses_fast.load_reward(name, tmp_path, "cpu")
+    for part in (repr(name), str(tmp_path / "model.safetensors"), reason, str(tmp_path / "models"), "weights="):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward"])
+def test_a_folder_without_weights_says_what_to_do(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=rf"'{name}' needs model.safetensors: .*{tmp_path.name}.*weights="):
+        ses_fast.load_reward(name, tmp_path, "cpu")
 
 
 @pytest.mark.slow  # the whole networks: 1.2 and 1.8 GB of random weights

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pickle
 import shutil
+import traceback
 import types
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def test_bf16_ranks_as_fp32_does(checkpoint):
         pytest.param("hps", "model.safetensors", id="modelscope"),
     ],
 )
-def test_each_registryfinds_its_own_file_in_a_folder(monkeypatch, tmp_path, name, file):
+def test_each_name_finds_its_own_file_in_a_folder(monkeypatch, tmp_path, name, file):
     found = []
     monkeypatch.setattr(HPSReward, "from_file", lambda path, **_: found.append(path) or torch.nn.Identity())
     for other in ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt", "model.safetensors"):
@@ -146,25 +147,80 @@ def test_each_registryfinds_its_own_file_in_a_folder(monkeypatch, tmp_path, name
     assert found == [tmp_path / file]
 
 
-@pytest.mark.parametrize("name", ["hps", "hps_v2.1", "hps_v2.0"])
-def test_loads_a_local_folder_or_file(monkeypatch, checkpoint, tmp_path, name):
-    """By name, as a user would; only the network that open_clip knows as ViT-H-14 is a small one."""
+@pytest.fixture
+def small_vit_h_14(monkeypatch, tmp_path_factory):
+    """The network that open_clip knows as ViT-H-14 is a small one: the rewards load by name, as a user's."""
     for registry in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):  # put back afterwards
         monkeypatch.setattr(open_clip.factory, registry, copy.copy(getattr(open_clip.factory, registry)))
-    (tmp_path / "ViT-H-14.json").write_text(json.dumps(SMALL))
-    open_clip.add_model_config(tmp_path / "ViT-H-14.json")
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "ViT-H-14.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(folder / "ViT-H-14.json")
+    yield
+    ses_fast.unload_rewards()
+
+
+@pytest.mark.parametrize("name", ["hps", "hps_v2.1", "hps_v2.0"])
+def test_loads_a_local_folder_or_file(small_vit_h_14, checkpoint, tmp_path, name):
     file = tmp_path / ("HPS_v2_compressed.pt" if name == "hps_v2.0" else "HPS_v2.1_compressed.pt")
     shutil.copy(checkpoint, file)
     images = make_images(80, 64)
     expected = HPSReward.from_file(checkpoint, "hps-small", device="cpu")(images, PROMPT)
     for weights in (tmp_path, file):
         assert torch.equal(ses_fast.load_reward(name, weights, "cpu")(images, PROMPT), expected)
-    ses_fast.unload_rewards()
+
+
+def test_two_names_of_one_checkpoint_are_loaded_once(small_vit_h_14, checkpoint):
+    reward = ses_fast.load_reward("hps", checkpoint, "cpu")
+    assert ses_fast.load_reward("hps_v2.1", checkpoint, "cpu") is reward
+    assert ses_fast.load_reward("hps_v2.0", checkpoint, "cpu") is not reward
+
+
+@pytest.mark.parametrize("name", ["hps", "hps_v2.1"])
+def test_loads_the_modelscope_copy(small_vit_h_14, monkeypatch, checkpoint, tmp_path, name):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    folder = tmp_path / "DiffSynth-Studio/ImageMetrics/HPSv2"
+    folder.mkdir(parents=True)
+    save_file(torch.load(checkpoint, weights_only=True)["state_dict"], folder / "model.safetensors")
+    images = make_images(64, 64)
+    expected = HPSReward.from_file(checkpoint, "hps-small", device="cpu")(images, PROMPT)
+    assert torch.equal(ses_fast.load_reward(name, "modelscope", "cpu")(images, PROMPT), expected)
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no HPSv2 checkpoint"):
+    with pytest.raises(FileNotFoundError) as caught:
         ses_fast.load_reward("hps", tmp_path, "cpu")
+    for part in ("'hps' needs HPS_v2.1_compressed.pt", str(tmp_path), "weights="):
+        assert part in str(caught.value)
+
+
+def with_code(file):
+    torch.save({"state_dict": {}, "code": types.SimpleNamespace()}, file)
+
+
+def cut_off(file):
+    torch.save({"state_dict": {"a": torch.zeros(1000)}}, file)
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "reason"),
+    [
+        pytest.param("HPS.pt", lambda file: file.write_bytes(b"zz"), "UnpicklingError", id="no-checkpoint"),
+        pytest.param("HPS.pt", lambda file: file.write_text("abc"), "IndexError", id="a-text"),
+        pytest.param("HPS.pt", lambda file: torch.save({}, file), "StopIteration", id="empty"),
+        pytest.param("HPS.pt", cut_off, "RuntimeError", id="cut-off"),
+        pytest.param("HPS.pt", with_code, "UnpicklingError: not tensors alone", id="with-code"),
+        pytest.param("HPS.safetensors", lambda file: file.write_bytes(b"xx"), "SafetensorError", id="safetensors"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_with_what_to_do(small_vit_h_14, tmp_path, name, write, reason):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=reason) as caught:
+        ses_fast.load_reward("hps", tmp_path / name, "cpu")
+    for part in ("'hps'", str(tmp_path / name), "`hf download xswu/HPSv2 --force-download`", "weights="):
+        assert part in str(caught.value)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "Re-running" not in shown  # torch advises to run the code in the file
 
 
 def test_weights_of_another_model_are_refused(tmp_path, checkpoint):

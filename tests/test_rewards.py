@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -210,14 +211,80 @@ def test_without_weights_and_network_the_error_says_what_to_do(name, monkeypatch
         assert part in str(caught.value)
 
 
-def test_the_modelscope_copy_is_looked_for_where_diffsynth_keeps_it(monkeypatch, tmp_path):
+def keep_in_cache(monkeypatch, cache, files):
+    """A Hugging Face cache of `files`, Hub id -> the folder that was downloaded; nothing else can be."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    for repo, folder in files.items():
+        kept = cache / f"models--{repo.replace('/', '--')}"
+        shutil.copytree(folder, kept / "snapshots/0")
+        (kept / "refs").mkdir()
+        (kept / "refs/main").write_text("0")
+
+
+@pytest.mark.parametrize("name", ["clip", "pick", "hps", "hps_v2.0"])
+def test_a_partial_download_says_what_to_do(monkeypatch, tmp_path, name):
+    repo = REWARDS[name].ids["weights"]
+    (tmp_path / "partial").mkdir()
+    keep_in_cache(monkeypatch, tmp_path / "cache", {repo: tmp_path / "partial"})
+    with pytest.raises(FileNotFoundError) as caught:
+        ses_fast.load_reward(name, device="cpu")
+    for part in (repr(name), f"`hf download {repo}`", "HF_HUB_OFFLINE", "weights="):
+        assert part in str(caught.value)
+
+
+def test_weights_without_a_tokenizer_take_the_published_one(folder, monkeypatch, tmp_path):
+    """As the cached weights of `pick` are, named by their Hub id or as a folder."""
+    transformers.CLIPModel.from_pretrained(folder).save_pretrained(tmp_path / "weights")
+    ids = REWARDS["pick"].ids
+    keep_in_cache(monkeypatch, tmp_path / "cache", {ids["weights"]: tmp_path / "weights", ids["processor"]: folder})
+    images, load = make_images(64, 64), ses_fast.load_reward
+    reward = load("pick", ids["weights"], "cpu")
+    assert_stock(reward(images, PROMPT), folder, images, PROMPT)
+    assert load("pick", None, "cpu") is reward
+    assert torch.equal(load("pick", tmp_path / "weights", "cpu")(images, PROMPT), reward(images, PROMPT))
+
+
+def test_clip_is_cached_when_its_tokenizer_is_too(folder, monkeypatch, tmp_path):
+    shutil.copytree(folder, tmp_path / "partial")
+    (tmp_path / "partial/tokenizer.json").unlink()
+    for source, complete in ((tmp_path / "partial", False), (folder, True)):
+        keep_in_cache(monkeypatch, tmp_path / str(complete), {REWARDS["clip"].ids["weights"]: source})
+        assert REWARDS["clip"].cached() == complete
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """diffsynth reaches no network."""
+
+    def fail(config):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(pytest.importorskip("diffsynth.core").ModelConfig, "download_if_necessary", fail)
+
+
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [
+        pytest.param("pick", "PickScore", id="pick"),
+        pytest.param("clip", "CLIP-ViT-H-14-laion2B-s32B-b79K", id="clip"),
+    ],
+)
+def test_a_modelscope_copy_on_the_disk_needs_no_network(offline, monkeypatch, tmp_path, name, copy):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    folder = save_tiny_clip(tmp_path / "DiffSynth-Studio/ImageMetrics" / copy)
+    images = make_images(64, 64)
+    assert_stock(ses_fast.load_reward(name, "modelscope", "cpu")(images, PROMPT), folder, images, PROMPT)
+
+
+def test_no_modelscope_copy_and_no_download_says_what_to_do(monkeypatch, tmp_path):
+    pytest.importorskip("diffsynth")
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="'pick'.*DiffSynth-Studio/ImageMetrics"):
+    with pytest.raises(FileNotFoundError) as caught:
         ses_fast.load_reward("pick", "modelscope", "cpu")
-    folder = save_tiny_clip(tmp_path / "DiffSynth-Studio/ImageMetrics/PickScore")
-    images = make_images(64, 64)
-    assert_stock(ses_fast.load_reward("pick", "modelscope", "cpu")(images, PROMPT), folder, images, PROMPT)
+    for part in ("'pick'", "DiffSynth-Studio/ImageMetrics", str(tmp_path), "weights=", "DIFFSYNTH_SKIP_DOWNLOAD"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +295,7 @@ def test_the_modelscope_copy_is_looked_for_where_diffsynth_keeps_it(monkeypatch,
         pytest.param("image_reward", None, id="the-default-of-image-reward"),
     ],
 )
-def test_a_modelscope_copy_without_network_says_what_to_do(monkeypatch, tmp_path, name, weights):
-    core = pytest.importorskip("diffsynth.core")
-
-    def offline(config):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(core.ModelConfig, "download_if_necessary", offline)
+def test_a_modelscope_copy_without_network_says_what_to_do(offline, monkeypatch, tmp_path, name, weights):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError) as caught:
         ses_fast.load_reward(name, weights, "cpu")
@@ -250,14 +311,24 @@ def test_a_folder_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        pytest.param("model.safetensors", "no model.safetensors", id="weights"),
-        pytest.param("tokenizer.json", "no tokenizer", id="tokenizer"),
+        pytest.param("model.safetensors", "'clip' needs model.safetensors.*has none.*weights=", id="weights"),
+        pytest.param("tokenizer.json", "'clip' needs tokenizer.json.*neither.*hf download.*weights=", id="tokenizer"),
     ],
 )
-def test_an_incomplete_folder_names_what_it_lacks(tmp_path, missing, message):
+def test_an_incomplete_folder_names_what_it_lacks(monkeypatch, tmp_path, missing, message):
+    keep_in_cache(monkeypatch, tmp_path / "cache", {})
     (save_tiny_clip(tmp_path) / missing).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         ses_fast.load_reward("clip", tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json"])
+def test_a_broken_file_is_named_with_what_to_do(tmp_path, broken):
+    (save_tiny_clip(tmp_path) / broken).write_bytes(b"xx")
+    with pytest.raises(ValueError) as caught:
+        ses_fast.load_reward("clip", tmp_path, "cpu")
+    for part in ("'clip'", str(tmp_path), f"`hf download {REWARDS['clip'].ids['weights']}", "weights="):
+        assert part in str(caught.value)
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(folder, tmp_path):
@@ -281,6 +352,14 @@ def test_loaded_once_for_each_name_weights_device_and_dtype(folder, folder_224):
     ses_fast.unload_rewards()
     assert load("clip", folder, "cpu") is not reward
     assert torch.equal(reward(images, PROMPT), before)  # one still held goes on
+
+
+def test_a_loaded_reward_that_was_moved_is_moved_back(folder):
+    reward = ses_fast.load_reward("clip", folder, "cpu")
+    images, before = make_images(64, 64), reward(make_images(64, 64), PROMPT)
+    reward.device = torch.device("meta")  # as `to` leaves it, but with its weights
+    assert ses_fast.load_reward("clip", folder, "cpu") is reward and reward.device.type == "cpu"
+    assert torch.equal(reward(images, PROMPT), before)
 
 
 def test_default_dtype_on_the_cpu_is_fp32(folder):

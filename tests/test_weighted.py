@@ -62,6 +62,25 @@ def test_a_new_search_has_a_scale_of_its_own():
     assert torch.equal(reward(pixels(10.0, 20.0), ""), first)
 
 
+def test_another_prompt_is_another_search():
+    reward = weigh(first_pixel=1.0)
+    first = reward(pixels(1.0, 2.0), "a cat")
+    assert torch.equal(reward(pixels(10.0, 20.0), "a dog"), first)
+    assert not torch.equal(reward(pixels(1.0, 2.0), "a dog"), first)  # the scale of its own search
+    with pytest.raises(ValueError, match="batch_size=popsize"):
+        reward(pixels(1.0), "a cat")
+
+
+def test_a_scale_that_was_set_stays():
+    reward = weigh(first_pixel=1.0)
+    reward.scale = {"first_pixel": (1.0, 0.5)}
+    assert [reward(pixels(2.0), prompt).item() for prompt in ("a cat", "a dog")] == [2, 2]
+    reward.restart()
+    reward(pixels(1.0, 2.0), "a cat")
+    reward.scale = {"first_pixel": (1.0, 0.5)}  # of a saved search, after one with another prompt
+    assert reward(pixels(2.0), "a dog").item() == 2
+
+
 def test_a_score_that_is_not_finite_leaves_the_scale_alone():
     reward = weigh(first_pixel=1.0)
     scores = reward(pixels(1.0, float("nan"), 3.0, float("inf")), "")

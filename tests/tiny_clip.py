@@ -34,8 +34,8 @@ def tiny_clip(image_size: int = 64, seed: int = 0, **text: int) -> transformers.
     )
     model = transformers.CLIPModel(config)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith("class_embedding"):  # the others are not drawn
             fan_in = parameter[0].numel()
             parameter.data.normal_(0, 1 / math.sqrt(fan_in), generator=generator)
     return model

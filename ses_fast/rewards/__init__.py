@@ -17,7 +17,7 @@ __all__ = ["load_reward", "unload_rewards"]
 _LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of the cache as the object it is: one under two names is loaded once
 class Source:
     """Where a reward's code and weights are."""
 
@@ -26,6 +26,11 @@ class Source:
     ids: dict[str, str]  # its Hub ids, and the folder of its ModelScope copy
     gigabytes: float  # to download
     packages: tuple[str, ...] = ("transformers",)
+
+    @property
+    def default(self) -> str:
+        """The weights where none are named."""
+        return self.ids.get("weights", "modelscope")
 
     @property
     def origin(self) -> str:
@@ -47,12 +52,19 @@ class Source:
             return False
         from huggingface_hub import try_to_load_from_cache
 
-        files = {self.ids["weights"]: self.ids.get("file", "model.safetensors")}
-        if "processor" in self.ids and self.ids["processor"] not in files:
-            files[self.ids["processor"]] = "tokenizer.json"
-        return all(isinstance(try_to_load_from_cache(repo, file), str) for repo, file in files.items())
+        files = [(self.ids["weights"], self.ids.get("file", "model.safetensors"))]
+        if "processor" in self.ids:
+            files.append((self.ids["processor"], "tokenizer.json"))
+        return all(isinstance(try_to_load_from_cache(repo, file), str) for repo, file in files)
 
 
+_HPS = Source(
+    "hps",
+    "HPSReward",
+    {"weights": "xswu/HPSv2", "file": "HPS_v2.1_compressed.pt", "modelscope": "HPSv2"},
+    1.97,
+    ("open_clip",),
+)
 REWARDS = {
     "aesthetic": Source("aesthetic", "AestheticReward", {"modelscope": "Aesthetic"}, 1.2),
     "clip": Source(
@@ -67,19 +79,11 @@ REWARDS = {
         {"weights": "yuvalkirstain/PickScore_v1", "processor": _LAION, "modelscope": "PickScore"},
         3.9,
     ),
-    "hps": Source(
-        "hps",
-        "HPSReward",
-        {"weights": "xswu/HPSv2", "file": "HPS_v2.1_compressed.pt", "modelscope": "HPSv2"},
-        1.97,
-        ("open_clip",),
-    ),
+    "hps": _HPS,
     "hps_v2.0": Source(
         "hps", "HPSReward", {"weights": "xswu/HPSv2", "file": "HPS_v2_compressed.pt"}, 1.97, ("open_clip",)
     ),
-    "hps_v2.1": Source(
-        "hps", "HPSReward", {"weights": "xswu/HPSv2", "file": "HPS_v2.1_compressed.pt"}, 1.97, ("open_clip",)
-    ),
+    "hps_v2.1": _HPS,
     "image_reward": Source(
         "image_reward", "ImageRewardReward", {"modelscope": "ImageReward"}, 1.8, ("diffsynth", "transformers")
     ),
@@ -112,13 +116,15 @@ def load_reward(name: Any, weights: Any = None, device: Any = None, dtype: torch
     name: "pick" (PickScore v1), "clip" (LAION's CLIP ViT-H-14), "hps" or "hps_v2.1", "hps_v2.0" (HPSv2),
         "image_reward" (ImageReward v1), "aesthetic" (LAION's predictor v2, which does not read the prompt).
         Or a dict of weights, {"pick": 1.0, "hps": 0.5}: each standardised by a search's first generation, see
-        `WeightedReward`; a new one at each call, of the same loaded members.
+        `WeightedReward`; a new one at each call, of the same loaded members. Around `evolve`, call its `restart()`
+        before another search: it forgets the first one's scale by itself only where the prompt is another.
     weights: a local folder, a Hub id, or "modelscope" (the copy that diffsynth.metrics uses). None is the
         published one, cached or downloaded. For a dict: a dict, of the names that have others.
     device: None is the GPU, the CPU where there is none. dtype: None is bf16 on a GPU, fp32 on the CPU.
-    Loaded once for each (name, weights, device, dtype), until `unload_rewards`.
-    Raises ValueError for an unknown name, ImportError for a missing package, FileNotFoundError (an OSError)
-    for weights that are neither here nor to be downloaded.
+    Loaded once for each (name, weights, device, dtype), until `unload_rewards`; moved back to `device` where
+    `to` has moved it.
+    Raises ValueError for an unknown name and for weights that are broken or of another model, ImportError for a
+    missing package, FileNotFoundError (an OSError) for weights that are neither here nor to be downloaded.
     """
     if isinstance(name, Mapping):
         check_weights(name)
@@ -130,14 +136,14 @@ def load_reward(name: Any, weights: Any = None, device: Any = None, dtype: torch
     check_names(name)
     source = REWARDS[name]
     device, dtype = default_device(device), default_dtype(device, dtype)
-    weights = None if weights is None else str(weights)
-    key = (name, weights, device, dtype)
+    weights = source.default if weights is None else str(weights)
+    key = (source, weights, device, dtype)
     if key not in _loaded:
         require(*source.packages)
         reward_class: Any = getattr(import_module(f"{__name__}.{source.module}"), source.cls)
         path = modelscope_copy(name, source.ids.get("modelscope")) if weights == "modelscope" else weights
-        _loaded[key] = reward_class.load(name, path, source.ids, device, dtype)
-    return _loaded[key]
+        _loaded[key] = reward_class.load(name, path, source.ids, dtype)
+    return _loaded[key].to(device)
 
 
 def check_names(*names: Any) -> None:

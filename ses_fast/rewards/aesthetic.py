@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .. import ops
-from .base import Reward, local_copy, modelscope_copy, require
+from .base import Reward, local_copy, reading, require
 from .clip import PROCESSOR_FILES, WEIGHT_FILES, read_preprocessing
 
 VIT_L_14: dict[str, Any] = {
@@ -47,16 +47,13 @@ class AestheticReward(Reward):
     def load(
         cls,
         name: str,
-        weights: str | os.PathLike | None,
+        weights: str | os.PathLike,
         ids: dict[str, str],
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        if weights is None:
-            folder = modelscope_copy(name, ids["modelscope"])
-        else:
-            folder = local_copy(name, weights, WEIGHT_FILES + PROCESSOR_FILES)
-        return cls.from_folder(folder, device=device, dtype=dtype)
+        folder = local_copy(name, weights, WEIGHT_FILES + PROCESSOR_FILES, ["model.safetensors"])
+        with reading(name, folder / "model.safetensors", ids):
+            return cls.from_folder(folder, device="cpu", dtype=dtype)
 
     @classmethod
     def from_folder(
@@ -68,15 +65,13 @@ class AestheticReward(Reward):
     ) -> Self:
         """From `model.safetensors` (and `config.json`, where it is not a ViT-L-14).
 
-        Raises FileNotFoundError where there is none, ValueError for weights that do not fill the model.
+        Raises OSError where there is none, ValueError for weights that do not fill the model.
         """
         require("transformers", "safetensors")
         from safetensors.torch import load_file
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         folder = Path(folder)
-        if not (folder / "model.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} has no model.safetensors")
         config = folder / "config.json"
         model, info = cast(Any, CLIPVisionModelWithProjection).from_pretrained(
             folder,

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -30,12 +31,11 @@ class Reward:
     def load(
         cls,
         name: str,
-        weights: str | os.PathLike | None,
+        weights: str | os.PathLike,
         ids: dict[str, str],
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The reward `name` from `weights` (None: from its default `ids`)."""
+        """The reward `name`, on the CPU, from `weights`: a local path or a Hub id. `ids` are its published ones."""
         raise NotImplementedError
 
     def encode(self, prompt: str) -> Any:
@@ -69,8 +69,10 @@ class Reward:
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the reward, as `Module.to`; its dtype stays."""
-        self.device, self._prompt, self._encoded = default_device(device), None, None
-        self.model.to(self.device)
+        device = default_device(device)
+        if device != self.device:
+            self.model.to(device)
+            self.device, self._prompt, self._encoded = device, None, None
         return self
 
 
@@ -94,26 +96,33 @@ def require(*packages: str) -> None:
     mend_torchvision()
 
 
-def local_copy(name: str, source: str | os.PathLike, patterns: Iterable[str]) -> Path:
-    """The file or folder `source`; a Hub id ("owner/name") is downloaded first, only the files of `patterns`.
+def local_copy(name: str, source: str | os.PathLike, patterns: Sequence[str], needs: Sequence[str]) -> Path:
+    """The folder `source`; a Hub id ("owner/name") is downloaded first, only the files of `patterns`.
 
+    needs: files of which it must have one.
     Honours HF_HUB_OFFLINE. Raises FileNotFoundError for what is neither here nor on the Hub.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"reward {name!r}: {source} is no file or folder, nor a Hub id")
-    import huggingface_hub
+    lacking = f"reward {name!r} needs {' or '.join(needs)}"
+    advice = f'pass a complete local copy: load_reward({name!r}, weights="folder")'
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
+            raise FileNotFoundError(f"{lacking}: {source} is no file or folder, nor a Hub id")
+        import huggingface_hub
 
-    try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
-    except OSError as error:  # the hub's own errors (offline, no network, unknown or gated) are all OSErrors
-        raise FileNotFoundError(
-            f"reward {name!r}: {source} is neither a local folder, nor in the Hugging Face cache, nor to be "
-            f"downloaded now. Where there is a network, and HF_HUB_OFFLINE is not set, run "
-            f'`hf download {source}` once, or pass a local copy: load_reward({name!r}, weights="folder").'
-        ) from error
+        advice = (
+            f"where there is a network, and HF_HUB_OFFLINE is not set, run `hf download {source}` once, or {advice}"
+        )
+        try:
+            folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
+        except OSError as error:  # the hub's own errors (offline, no network, unknown or gated) are all OSErrors
+            raise FileNotFoundError(
+                f"{lacking}: {source} is neither a local folder, nor in the Hugging Face cache, nor to be downloaded "
+                f"now; {advice}"
+            ) from error
+    if not any((folder / file).is_file() for file in needs):  # offline, the hub gives a cached folder as it is
+        raise FileNotFoundError(f"{lacking}: {folder} has none; {advice}")
+    return folder
 
 
 def modelscope_folder(folder: str) -> Path:
@@ -128,20 +137,45 @@ def modelscope_copy(name: str, folder: str | None) -> Path:
     """
     if folder is None:
         raise ValueError(f"reward {name!r} has no copy on ModelScope")
-    require("diffsynth")
-    from diffsynth.core import ModelConfig
+    path, failure = modelscope_folder(folder), None
+    if not (path / "model.safetensors").is_file():  # diffsynth asks the network even for files that are here
+        require("diffsynth")
+        from diffsynth.core import ModelConfig
 
-    config = ModelConfig(model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern=f"{folder}/")
+        try:
+            ModelConfig(
+                model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern=f"{folder}/"
+            ).download_if_necessary()
+        except OSError as error:  # modelscope's own, of the network and of the hub
+            failure = error
+        if not (path / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"reward {name!r} needs {path}/model.safetensors, which cannot be downloaded now; load it once where "
+                "there is a network, and DIFFSYNTH_SKIP_DOWNLOAD is not set, or pass a local copy of the folder "
+                f'{folder} of DiffSynth-Studio/ImageMetrics: load_reward({name!r}, weights="folder")'
+            ) from failure
+    return path
+
+
+@contextmanager
+def reading(name: str, file: Path, ids: dict[str, str]) -> Iterator[None]:
+    """Makes of every error inside one ValueError (OSError of an OSError) that says which files to replace, and how.
+
+    Each format has errors of its own: safetensors' name no file, torch's advise to run the code in a broken one.
+    """
     try:
-        config.download_if_necessary()
-    except OSError as error:  # modelscope's own, of the network and of the hub
-        raise FileNotFoundError(
-            f"reward {name!r}: DiffSynth-Studio/ImageMetrics is neither in {modelscope_folder(folder).parent}, nor to "
-            f"be downloaded now. Load it once where there is a network, or pass a local copy of its folder {folder}: "
-            f'load_reward({name!r}, weights="folder"). DIFFSYNTH_SKIP_DOWNLOAD=true asks no network.'
-        ) from error
-    if not config.path:
-        raise FileNotFoundError(
-            f"reward {name!r}: no copy of DiffSynth-Studio/ImageMetrics in {config.local_model_path}"
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        unsafe = "weights_only" in str(error)
+        reason = f"{type(error).__name__}: {'not tensors alone' if unsafe else str(error).strip()[:300]}"
+        fetch = (
+            f"`hf download {ids['weights']} --force-download` replaces the published copy in the Hugging Face cache"
+            if "weights" in ids
+            else f"delete {modelscope_folder(ids['modelscope'])} to have the published copy downloaded again"
         )
-    return Path(config.path)
+        raise (OSError if isinstance(error, OSError) else ValueError)(
+            f"reward {name!r}: {file}, or a file beside it, is missing, broken or of another model ({reason}); "
+            f'{fetch}, load_reward({name!r}, weights="folder") takes a local one'
+        ) from (None if unsafe else error)

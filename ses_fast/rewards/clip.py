@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .. import ops
-from .base import Reward, local_copy, require
+from .base import Reward, local_copy, reading, require
 
 # For weights without a config: PickScore and LAION's CLIP are ViT-H-14 with gelu, not OpenAI's quick_gelu.
 VIT_H_14: dict[str, Any] = {
@@ -38,6 +38,7 @@ VIT_H_14: dict[str, Any] = {
 }
 PROCESSOR_FILES = ("*.json", "*.txt")
 WEIGHT_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
 class CLIPReward(Reward):
@@ -62,17 +63,18 @@ class CLIPReward(Reward):
     def load(
         cls,
         name: str,
-        weights: str | os.PathLike | None,
+        weights: str | os.PathLike,
         ids: dict[str, str],
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        if weights is not None:
-            folder = processor = local_copy(name, weights, WEIGHT_FILES + PROCESSOR_FILES)
-        else:
-            folder = local_copy(name, ids["weights"], WEIGHT_FILES)
-            processor = local_copy(name, ids["processor"], PROCESSOR_FILES)
-        return cls.from_folder(folder, processor, device=device, dtype=dtype)
+        folder = local_copy(
+            name, weights, WEIGHT_FILES + PROCESSOR_FILES, ("model.safetensors", "model.safetensors.index.json")
+        )
+        # The published weights take their authors' processor; so do others that come without a tokenizer.
+        own = weights != ids["weights"] and any((folder / file).is_file() for file in TOKENIZERS)
+        processor = folder if own else local_copy(name, ids["processor"], PROCESSOR_FILES, TOKENIZERS)
+        with reading(name, folder / "model.safetensors", ids):
+            return cls.from_folder(folder, processor, device="cpu", dtype=dtype)
 
     @classmethod
     def from_folder(
@@ -87,17 +89,13 @@ class CLIPReward(Reward):
 
         processor: the folder of the tokenizer and, where it has one, the image processor (None: the same).
         A folder without `config.json` is taken for a ViT-H-14.
-        Raises FileNotFoundError for a missing file, ValueError for weights that do not fill the model.
+        Raises OSError for a missing file, ValueError for weights that do not fill the model.
         """
         require("transformers")
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         folder = Path(folder)
         processor = Path(processor or folder)
-        if not any(folder.glob("model*.safetensors")):
-            raise FileNotFoundError(f"{folder} has no model.safetensors")
-        if not any((processor / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise FileNotFoundError(f"{processor} has no tokenizer.json (or vocab.json and merges.txt)")
         config = folder / "config.json"
         model, info = cast(Any, CLIPModel).from_pretrained(
             folder,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .. import ops
-from .base import Reward, local_copy, require
+from .base import Reward, local_copy, reading, require
 
 
 class HPSReward(Reward):
@@ -34,16 +34,17 @@ class HPSReward(Reward):
     def load(
         cls,
         name: str,
-        weights: str | os.PathLike | None,
+        weights: str | os.PathLike,
         ids: dict[str, str],
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        path = local_copy(name, ids["weights"] if weights is None else weights, [ids["file"]])
-        if path.is_dir():
-            files = [path / ids["file"], path / "model.safetensors"]
-            path = next((file for file in files if file.is_file()), files[0])
-        return cls.from_file(path, device=device, dtype=dtype)
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            names = (ids["file"], "model.safetensors")
+            folder = local_copy(name, weights, names, names)
+            file = next(folder / each for each in names if (folder / each).is_file())
+        with reading(name, file, ids):
+            return cls.from_file(file, device="cpu", dtype=dtype)
 
     @classmethod
     def from_file(
@@ -56,13 +57,11 @@ class HPSReward(Reward):
     ) -> Self:
         """From a checkpoint with open_clip's keys: .safetensors, or the authors' .pt (only tensors are read).
 
-        Raises FileNotFoundError where there is none, RuntimeError for weights that do not fit.
+        Raises RuntimeError where there is none, and for weights that do not fit.
         """
         require("open_clip")
         import open_clip
 
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"there is no HPSv2 checkpoint {file}")
         model = open_clip.create_model(architecture, pretrained=str(file), weights_only=True)
         return cls(model, open_clip.get_tokenizer(architecture), device=device, dtype=dtype)
 

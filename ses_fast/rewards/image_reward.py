@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Reward, default_device, local_copy, modelscope_copy, require
+from .base import Reward, local_copy, reading, require
 
 
 class ImageRewardReward(Reward):
@@ -34,26 +34,23 @@ class ImageRewardReward(Reward):
     def load(
         cls,
         name: str,
-        weights: str | os.PathLike | None,
+        weights: str | os.PathLike,
         ids: dict[str, str],
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        if weights is None:
-            folder = modelscope_copy(name, ids["modelscope"])
-        else:
-            folder = local_copy(name, weights, ["*.json", "*.txt", "model.safetensors"])
+        folder = local_copy(name, weights, ["*.json", "*.txt", "model.safetensors"], ["model.safetensors"])
         require("diffsynth", "transformers")
         from diffsynth.core import ModelConfig
         from diffsynth.metrics import ImageRewardMetric
 
-        metric = ImageRewardMetric.from_pretrained(
-            ModelConfig(path=str(folder / "model.safetensors")),
-            ModelConfig(path=str(folder)),
-            torch_dtype=torch.float32,
-            device=default_device(device),
-        )
-        return cls(metric.model, device=device, dtype=dtype)
+        with reading(name, folder / "model.safetensors", ids):
+            metric = ImageRewardMetric.from_pretrained(
+                ModelConfig(path=str(folder / "model.safetensors")),
+                ModelConfig(path=str(folder)),
+                torch_dtype=torch.float32,
+                device="cpu",
+            )
+            return cls(metric.model, device="cpu", dtype=dtype)
 
     def encode(self, prompt: str) -> Any:
         return self.model.tokenizer(
@@ -71,7 +68,8 @@ class ImageRewardReward(Reward):
     ) -> Tensor:  # [n] fp32
         blip, n = self.model.blip, len(images)
         size = blip.config.vision_config.image_size
-        pixels = ops.resize_normalize(images, "crop", size=size, dtype=self.dtype).to(self.device)
+        # its authors crop with torchvision
+        pixels = ops.resize_normalize(images, "crop", size=size, dtype=self.dtype, centre="round").to(self.device)
         patches = blip.vision_model(pixel_values=pixels).last_hidden_state  # [n, patches, d]
         text = blip.text_encoder(
             input_ids=encoded.input_ids.expand(n, -1),

@@ -16,10 +16,11 @@ class WeightedReward:
     A member's mean and deviation (unbiased) are those of its finite scores on the first call: rewards of
     different units then count as their weights say, however far each spreads. So the first call must be a
     whole generation. The documented `enable_ses` call sees to it; around `evolve`, give batch_size=popsize.
-    A member that tells the first generation's images not apart is left out of the search, with a warning.
+    A member that gives all images of the first generation one score is left out of the search, with a warning.
 
-    scale: name -> (mean, deviation; 0 for a member left out), None before the first call. `restart()` forgets
-        it, for another search; set it to go on with a search that was saved.
+    scale: name -> (mean, deviation; 0 for a member left out), None before the first call. A call with another
+        prompt than that of the measured scale measures anew, and so does the first one after `restart()`: call it
+        for another search with the same prompt. One that is set, to go on with a search that was saved, stays.
     members: name -> each raw score of the last call, [n] on the CPU.
     whole_generations: tells the search to score a generation in one call.
     """
@@ -37,6 +38,8 @@ class WeightedReward:
 
     def restart(self) -> None:
         self.scale: dict[str, tuple[float, float]] | None = None
+        self._measured: dict[str, tuple[float, float]] | None = None  # the scale, where it is not one that was set
+        self._prompt = ""  # the measured scale's
         self.members: dict[str, Tensor] = {}
 
     def __call__(
@@ -45,6 +48,8 @@ class WeightedReward:
         prompt: str,
     ) -> Tensor:  # [n] fp64, on the CPU
         """One score for each image; not finite where a member's is not. ValueError for a first call of one image."""
+        if self.scale is self._measured and prompt != self._prompt:
+            self.restart()
         if self.scale is None and len(images) < 2:
             raise ValueError(
                 "rewards are standardised by the first generation: score it in one call, of 2 images or more "
@@ -58,6 +63,7 @@ class WeightedReward:
             self.members[name] = scores
         if self.scale is None:
             self.scale = {name: _mean_and_deviation(name, scores) for name, scores in self.members.items()}
+            self._measured, self._prompt = self.scale, prompt
         total = torch.zeros(len(images), dtype=torch.float64)
         for name, scores in self.members.items():
             mean, deviation = self.scale[name]
@@ -76,7 +82,10 @@ def check_weights(weights: Any) -> None:
             raise ValueError(f"the weight of reward {name!r} must be a finite number that is not 0, got {weight!r}")
 
 
-def _mean_and_deviation(name: str, scores: Tensor) -> tuple[float, float]:
+def _mean_and_deviation(
+    name: str,
+    scores: Tensor,  # [n]
+) -> tuple[float, float]:
     finite = scores[scores.isfinite()]
     if len(finite) > 1 and (finite != finite[0]).any():
         return finite.mean().item(), finite.std().item()
