@@ -21,12 +21,17 @@ lint: $(READY)
 	$(RUN)/ruff check
 	$(RUN)/mypy ses_fast kernels
 
-# Every op, and whole searches with the embedded model: one file in bench/results. On a GPU machine: bench/gpu.sh.
+# Every op, and whole searches with the embedded model, on the CPU: one file in bench/results. What fails leaves the rest.
+# On a GPU machine the command is bench/gpu.sh.
+bench: export CUDA_VISIBLE_DEVICES =
 bench: $(READY)
-	$(RUN)/python -m bench.ops --out out/ops.json
-	$(RUN)/python -m bench.cpu --out out/cpu.json
-	$(RUN)/python -m bench.end_to_end embedded --out out/searches.json
-	$(RUN)/python -m bench.collect out/ops.json out/cpu.json out/searches.json
+	rm -f out/ops.json out/cpu.json out/searches.json
+	status=0; \
+	$(RUN)/python -m bench.ops --out out/ops.json || status=1; \
+	$(RUN)/python -m bench.cpu --out out/cpu.json || status=1; \
+	$(RUN)/python -m bench.end_to_end embedded --out out/searches.json || status=1; \
+	$(RUN)/python -m bench.collect out/ops.json out/cpu.json out/searches.json || status=1; \
+	exit $$status
 
 bench-compare: $(READY)
 	$(RUN)/python -m bench.compare

@@ -1,0 +1,17 @@
+"""What is measured, and how.
+
+baseline: the documented flow, built from installed parts: what ses_fast is compared with.
+clip: CLIP as its users have it, with random weights, and when two sides' scores are the same.
+collect: the parts of a run in one JSON and one Markdown file of bench/results.
+compare: what moved since the last committed run.
+cpu: the ops on a CPU beside what they replace, in turns.
+embedded: what a search gains on the embedded model.
+end_to_end: whole searches, the documented flow against ses_fast.
+environment: what a result was measured on; the clock.
+families: the image families at their published sizes, as data.
+floor: the least time a search can take on a device, counted on the real modules.
+ops: runs test_bench_ops (every op) and test_bench_rewards (images a second), and keeps their figures.
+readme_tables: the READMEs' tables, made of bench/results.
+table: Markdown tables, and those of ops and rewards.
+gpu.sh: all that a GPU machine can measure, in ten minutes.
+"""

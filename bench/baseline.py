@@ -5,7 +5,6 @@ and VAE, then `vae_output_to_image`, a processor on PIL images, the reward model
 search, previews or rewards. No handicap: prompts are encoded once and models stay loaded.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.clip import unit
+from bench.environment import clock
 from ses_fast._torchvision import mend_torchvision
 
 mend_torchvision()
@@ -25,31 +26,6 @@ Score = Callable[[Image.Image], float]
 STAGES = ("prompt", "denoise", "decode", "reward", "final")
 
 
-class CLIPScore:
-    """PickScore and CLIP: exp(logit_scale) * cosine, of transformers' CLIPModel on the PIL image processor's pixels."""
-
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, prompt: str) -> None:
-        """tokenizer and image_processor: what CLIPProcessor puts together."""
-        from transformers import CLIPProcessor
-
-        self.model, self.processor = model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
-        tokens = self.processor(
-            text=prompt,
-            truncation=True,
-            max_length=model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(model.device)
-        with torch.no_grad():
-            self.text = _unit(model.get_text_features(**tokens).pooler_output.float())
-        self.scale = model.logit_scale.float().exp().item()
-
-    @torch.no_grad()
-    def __call__(self, image: Image.Image) -> float:
-        pixels = self.processor(images=image, return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype))
-        return (self.scale * _unit(features.pooler_output.float()) @ self.text.T).item()
-
-
 class HPSScore:
     """HPSv2: the cosine, of open_clip's model on a PIL image through `preprocess`, hpsv2's own `image_transform`."""
 
@@ -58,12 +34,12 @@ class HPSScore:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         with torch.no_grad():
-            self.text = _unit(model.encode_text(tokenizer([prompt]).to(self.device)).float())
+            self.text = unit(model.encode_text(tokenizer([prompt]).to(self.device)).float())
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> float:
         pixels = self.preprocess(image)[None].to(self.device, self.dtype)
-        return (_unit(self.model.encode_image(pixels).float()) @ self.text.T).item()
+        return (unit(self.model.encode_image(pixels).float()) @ self.text.T).item()
 
 
 class Flow:
@@ -76,7 +52,8 @@ class Flow:
         with self.timed("prompt"):
             self.shared, self.posi, self.nega = prepared_inputs(pipe, prompt, **call)
         self.scores: list[float] = []
-        self.candidates: list[Tensor] | None = None  # a list, to keep what the search gave to score
+        self.candidates: list[Tensor] | None = None  # a list, to keep what the search gave to score,
+        self.images: list[Image.Image] = []  # and what was scored
 
     @property
     def base(self) -> Tensor:  # [1, C, h, w]
@@ -91,9 +68,10 @@ class Flow:
         """The best noise, [1, C, h, w]; draws from torch's global state, as `ses_search` does."""
 
         def objective(candidate: Tensor) -> float:
+            image = self.render(candidate)
             if self.candidates is not None:
                 self.candidates.append(candidate.clone())
-            image = self.render(candidate)
+                self.images.append(image)
             with self.timed("reward"):
                 self.scores.append(score(image))
             return self.scores[-1]
@@ -176,14 +154,3 @@ class _Stop(PipelineUnit):
 
     def process(self, pipe: Any, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict) -> dict:
         raise _Prepared(inputs_shared, inputs_posi, inputs_nega)
-
-
-def clock(device: torch.device | str) -> float:
-    """Seconds, when the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _unit(features: Tensor) -> Tensor:
-    return features / features.norm(dim=-1, keepdim=True)

@@ -15,7 +15,7 @@ from bench.table import table
 
 # Imported when there is such a part: they need diffsynth.
 PARTS = {
-    "ops": ("Operators, beside a copy of as many bytes", table),
+    "ops": ("Operators, beside a copy of as many bytes, and rewards", table),
     "cpu": (
         "Operators on the CPU, beside what they replace",
         lambda result: import_module("bench.cpu").markdown(result["rows"]),
@@ -56,12 +56,12 @@ def stored() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-bench.json"))]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help=f"named {', '.join(PARTS)}.json")
     parser.add_argument("--into", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if unknown := {path.stem for path in arguments.files} - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     result = collected({path.stem: json.loads(path.read_text()) for path in arguments.files if path.is_file()})

@@ -31,8 +31,10 @@ def ratios(result: dict[str, Any]) -> dict[str, Ratio]:
     found = {}
     for row in (result["ops"] or {"rows": []})["rows"]:
         found[row["row"]] = Ratio(row.get("graph_floor", row["floor"]), row["spread"])
+    for row in (result["ops"] or {}).get("rewards", []):
+        found[f"reward: {row['reward']}|stock"] = Ratio(1 / row["times"], row["spread"])
     for row in (result["cpu"] or {"rows": []})["rows"]:
-        found[f"{row['what']} {tuple(row['shape'])}|beside what it replaces"] = Ratio(1 / row["times"], 0)
+        found[f"{row['what']} {tuple(row['shape'])}|beside what it replaces"] = Ratio(1 / row["times"], row["spread"])
     for name, figures in (result["searches"] or {"models": {}})["models"].items():
         for way, row in figures["rows"].items():
             if way != "baseline":
@@ -61,7 +63,7 @@ def moved(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def committed(like: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The last committed result of the same kind of device, and its name."""
+    """The last committed result of the same kind of device, and its name; `like` itself is not one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -71,22 +73,25 @@ def committed(like: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     found = []
     for path in git("ls-tree", "-r", "--name-only", "--full-tree", "HEAD", "bench/results").splitlines():
         if path.endswith("-bench.json"):
-            result = json.loads(git("show", f"HEAD:{path}"))
-            if all(result["environment"][key] == like["environment"][key] for key in ("device", "cores")):
+            commits = git("log", "--format=%H", "--diff-filter=AM", "--", f":/{path}").split()  # the newest first
+            versions = (json.loads(git("show", f"{commit}:{path}")) for commit in commits)
+            result = next((version for version in versions if version != like), None)
+            if result and all(result["environment"][key] == like["environment"][key] for key in ("device", "cores")):
                 found.append((result["environment"]["date"], path, result))
     return max(found, key=lambda each: each[:2])[1:] if found else None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, nargs="?", help="the newest file of bench/results when not given")
     parser.add_argument("--against", type=Path, help="a file, instead of the last committed one")
-    arguments = parser.parse_args()
-    path = arguments.result or max(RESULTS.glob("*-bench.json"), key=lambda each: each.stat().st_mtime, default=None)
-    if path is None:
+    arguments = parser.parse_args(argv)
+    files = [arguments.result] if arguments.result else RESULTS.glob("*-bench.json")
+    results = {path: json.loads(path.read_text()) for path in files}
+    if not results:
         parser.error("there is no result yet: run `make bench`")
-    new = json.loads(path.read_text())
+    path, new = max(results.items(), key=lambda each: (each[1]["environment"]["date"], each[0].stat().st_mtime))
     if arguments.against:
         name, old = str(arguments.against), json.loads(arguments.against.read_text())
     elif last := committed(new):

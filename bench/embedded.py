@@ -4,7 +4,7 @@ headroom: 24 noises for each held-out caption, no search. How often one noise is
     oracle, by the reward's choice), and how well each reward tells right from wrong images of one caption.
 search: budget 50 for each held-out caption: no search, the best of 50 random noises, SES.
 
-Prints Markdown tables and writes their figures to a JSON file.
+Prints Markdown tables and writes their figures to bench/results/<device>-<date>-embedded.json.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 import ses_fast
 from bench.environment import environment
+from bench.ops import result_path
+from bench.table import lines_of
 from ses_fast import embedded
 
 STEPS = 8
@@ -143,18 +145,22 @@ def summarise_search(rows: list[dict]) -> dict[str, dict[str, float]]:
     return table
 
 
+def headroom_table(figures: dict) -> str:
+    """What the noise alone is worth."""
+    return "\n".join(lines_of(("measure", "value"), [[k, f"{v:.3f}"] for k, v in figures["headroom"].items()]))
+
+
+def search_table(figures: dict) -> str:
+    """What a search is worth."""
+    columns = list(figures["search"]["SES"])
+    rows = [[name, *(f"{way[column]:.3f}" for column in columns)] for name, way in figures["search"].items()]
+    return "\n".join(lines_of(("noise", *columns), rows))
+
+
 def to_markdown(figures: dict) -> str:
     """The tables of embedded/README.md."""
-    lines = []
-    if "headroom" in figures:
-        lines += ["| measure | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.3f} |" for name, value in figures["headroom"].items()]
-    if "search" in figures:
-        columns = list(figures["search"]["SES"])
-        lines += ["", "| noise | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for name, values in figures["search"].items():
-            lines.append(f"| {name} | " + " | ".join(f"{values[column]:.3f}" for column in columns) + " |")
-    return "\n".join(lines).strip()
+    tables = {"headroom": headroom_table, "search": search_table}
+    return "\n\n".join(make(figures) for name, make in tables.items() if name in figures)
 
 
 def main() -> None:
@@ -178,9 +184,10 @@ def main() -> None:
             figures["search"] = summarise_search(list(show(pool.map(search_of, jobs), desc="search")))
     figures["seconds"] = time.perf_counter() - begin
     print(to_markdown(figures))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    out = arguments.out or result_path(figures["environment"], "-embedded")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    print(f"\nwritten to {out}")
 
 
 if __name__ == "__main__":

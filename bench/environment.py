@@ -1,9 +1,10 @@
-"""What a result was measured on, for the head of every result file."""
+"""What a result was measured on, for the head of every result file; and the clock."""
 
 import datetime
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -40,10 +41,21 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+    """Where there is no git, what the variable COMMIT says."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError:  # no such program
+        described = ""
+    return described or os.environ.get("COMMIT") or None
+
+
+def clock(device: torch.device | str) -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -4,17 +4,15 @@ The weights decide no time. Text encoders are left out: a prompt is encoded once
 embeddings of the same shape.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench.clip import filled
 from ses_fast._torchvision import mend_torchvision
-from ses_fast.rewards.clip import VIT_H_14
 
 mend_torchvision()
 
@@ -86,7 +84,9 @@ def build(family: Family, device: torch.device | str, dtype: torch.dtype = torch
     """The family's stock pipeline, ready for a call with any prompt; on `meta`, to be counted."""
     pipe = find(family.pipeline)(device=device, torch_dtype=dtype)
     for name, (cls, arguments) in family.models.items():
-        setattr(pipe, name, filled(lambda: find(cls)(**arguments), device, dtype, seed))  # noqa: B023  called at once
+        with skip_model_initialization():  # the weights on no device yet
+            model = find(cls)(**arguments)
+        setattr(pipe, name, filled(model, device, dtype, seed))
     prompt: dict[str, Any] = {}
     for name, shape in family.prompt.items():
         if name in family.constant:
@@ -97,42 +97,6 @@ def build(family: Family, device: torch.device | str, dtype: torch.dtype = torch
     pipe.units = [unit for unit in pipe.units if "PromptEmbedder" not in type(unit).__name__]
     pipe.units.insert(1, GivenPrompt(prompt))
     return pipe
-
-
-def clip_h(device: torch.device | str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
-    """transformers' CLIPModel at the size of PickScore and LAION's CLIP, ViT-H-14, with random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    return filled(lambda: CLIPModel(CLIPConfig(**VIT_H_14)), device, dtype, seed)
-
-
-def clip_tokenizer() -> Any:
-    """CLIP's tokenizer over bytes, without merges: any text, no download."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    vocabulary = {token: i for i, token in enumerate(tokens)} | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    return CLIPTokenizer(vocab=vocabulary, merges=[])
-
-
-def filled(make: Callable[[], nn.Module], device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """`make()` with random weights that keep the size of what goes through, made on the device at once."""
-    with skip_model_initialization():
-        model = make()
-    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        value = torch.empty(parameter.shape, device=device, dtype=dtype)
-        if parameter.ndim > 1:
-            value.normal_(0, max(1, parameter[0].numel()) ** -0.5, generator=generator)
-        elif name == "logit_scale":
-            value.fill_(math.log(100))
-        else:
-            value.fill_(1.0 if name.endswith("weight") else 0.0)
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner)._parameters[last] = nn.Parameter(value, requires_grad=False)
-    return model.to(device).eval()
 
 
 class GivenPrompt(PipelineUnit):

@@ -22,9 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.baseline import Flow, clock
-from bench.environment import environment
-from bench.families import FAMILIES, build, clip_h
+from bench.environment import clock, environment
 
 POPSIZE = 10
 STAGES = ("denoise", "decode", "reward", "preprocess", "population")
@@ -98,6 +96,8 @@ def stages(pipe: Any, clip: nn.Module, call: dict[str, Any], popsize: int = POPS
     """The work of one preview of `pipe(prompt, **call)` by stage. The modules may be on the meta device."""
     from diffsynth.core.attention import attention
 
+    from bench.baseline import Flow
+
     chosen, attention.ATTENTION_IMPLEMENTATION = attention.ATTENTION_IMPLEMENTATION, "torch"  # the one that is counted
     try:
         flow = Flow(pipe, "", seed=0, progress_bar_cmd=list, **call)
@@ -109,18 +109,24 @@ def stages(pipe: Any, clip: nn.Module, call: dict[str, Any], popsize: int = POPS
         decode = count(lambda: flow.decode(flow.denoise(noise, 0)), item * (pixels + image.numel()))
     finally:
         attention.ATTENTION_IMPLEMENTATION = chosen
-    size = clip.config.vision_config.image_size
-    weight = next(clip.parameters())
-    seen = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
-    nbytes = seen.numel() * weight.element_size()
+    reward, nbytes = reward_work(clip)
     # The base is read once a generation, in fp32; a candidate is written once, in the pipeline's dtype.
     return {
         "denoise": step * len(pipe.scheduler.timesteps),
         "decode": decode,
-        "reward": count(lambda: clip.get_image_features(pixel_values=seen), nbytes),
+        "reward": reward,
         "preprocess": Work(0, 0, 0, image.numel() * item + nbytes),
         "population": Work(0, 0, 4 * pixels / popsize, item * pixels),
     }
+
+
+def reward_work(clip: nn.Module) -> tuple[Work, int]:
+    """The work of a CLIPModel for one image, and the bytes that it reads of it."""
+    size = clip.config.vision_config.image_size
+    weight = next(clip.parameters())
+    seen = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+    nbytes = seen.numel() * weight.element_size()
+    return count(lambda: clip.get_image_features(pixel_values=seen), nbytes), nbytes
 
 
 def family_stages(name: str, **call: Any) -> dict[str, Work]:
@@ -130,6 +136,9 @@ def family_stages(name: str, **call: Any) -> dict[str, Work]:
 
         pipe, reward = embedded.load_pipeline(), embedded.load_reward(device="cpu")
         return stages(pipe, reward.model, {"num_inference_steps": 8, **call})
+    from bench.clip import clip_h
+    from bench.families import FAMILIES, build
+
     family = FAMILIES[name]
     return stages(build(family, "meta"), clip_h("meta"), {**family.call, **call})
 
@@ -149,7 +158,8 @@ def measured(device: torch.device | str) -> Rates:
 
     n = 8192 if cuda else 512  # on a CPU short enough to be done between two turns of other processes
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(2**31 if cuda else 2**26, dtype=torch.uint8, device=device)
+    # Written first: pages that never were are all one page of zeros, in cache.
+    source = torch.ones(2**31 if cuda else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     query = torch.randn(1, 24 if cuda else 4, 4608 if cuda else 512, 128 if cuda else 40, device=device, dtype=dtype)
     length = query.shape[-2]
@@ -181,8 +191,10 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command."""
+    from bench.families import FAMILIES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}, embedded; all but the last when none")
     parser.add_argument("--device", default="h100", choices=[*RATES, "measured"])
@@ -192,7 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cfg", type=float, help="cfg_scale; two forwards a step where it is not 1")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if unknown := set(arguments.families) - {*FAMILIES, "embedded"}:
         parser.error(f"unknown family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}, embedded")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,6 +217,7 @@ def main() -> None:
     print(table(rows, rates, arguments.batch, arguments.budget))
     if arguments.out:
         found = {name: {stage: vars(work) for stage, work in works.items()} for name, works in rows.items()}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         head = {"environment": environment(device), "device": arguments.device, "rates": vars(rates)}
         arguments.out.write_text(json.dumps({**head, "batch": arguments.batch, "families": found}, indent=1) + "\n")
 

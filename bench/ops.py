@@ -1,7 +1,7 @@
-"""Runs the op benches where it is: `python -m bench.ops [--out FILE.json] [arguments of pytest, such as -k haar]`.
+"""Runs the benches of ops and rewards where it is: `python -m bench.ops [--out FILE.json] [arguments of pytest]`.
 
-Writes bench/results/<device>-<date>.json and prints the table of it. Of pytest-benchmark's own JSON only the figures
-are kept, not the machine's name.
+Such as -k haar. Writes bench/results/<device>-<date>.json and prints the table of it. Of pytest-benchmark's own JSON
+only the figures are kept, not the machine's name.
 """
 
 import argparse
@@ -12,13 +12,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench.environment import environment
 from bench.table import table
 
 RESULTS = Path(__file__).parent / "results"
-BENCHES = Path(__file__).parent / "test_bench_ops.py"
+BENCHES = [Path(__file__).parent / name for name in ("test_bench_ops.py", "test_bench_rewards.py")]
 
 
 def result_path(about: dict, suffix: str = "") -> Path:
@@ -28,29 +26,33 @@ def result_path(about: dict, suffix: str = "") -> Path:
 
 
 def compact(recorded: dict) -> dict:
-    """pytest-benchmark's JSON as {environment, copy_GB/s, rows: [{row, ms, spread, bytes, GB/s, floor, graph_*}]}."""
-    rows = []
+    """pytest-benchmark's JSON as {environment, copy_GB/s, rows, rewards}.
+
+    A row: {row, ms, spread, bytes, GB/s, floor, graph_*}; a reward's: {reward, ms, spread, images/s, times, bar, ...}.
+    """
+    rows, rewards, copy_speed = [], [], None
     for benchmark in recorded["benchmarks"]:
         row = benchmark["extra_info"]
-        about, copy_speed = row.pop("environment"), row.pop("copy_GB/s")
+        about = row.pop("environment")
+        copy_speed = row.pop("copy_GB/s", copy_speed)
         stats = benchmark["stats"]
-        spread = stats["iqr"] / stats["median"]
-        rows.append({"row": row.pop("row"), "ms": stats["median"] * 1e3, "spread": spread, **row})
-    return {"environment": about, "copy_GB/s": copy_speed, "rows": rows}
+        timed = {"ms": stats["median"] * 1e3, "spread": stats["iqr"] / stats["median"]}
+        (rewards if "reward" in row else rows).append(row | timed)
+    return {"environment": about, "copy_GB/s": copy_speed, "rows": rows, "rewards": rewards}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command; pytest's exit status. A red bench writes nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder, "recorded.json")
-        status = pytest.main(["-q", str(BENCHES), f"--benchmark-json={recorded}", *rest])
+        status = pytest.main(["-q", *map(str, BENCHES), f"--benchmark-json={recorded}", *rest])
         if status:
             return int(status)
         result = compact(json.loads(recorded.read_text()))
-    out = arguments.out or result_path(environment("cuda" if torch.cuda.is_available() else "cpu"))
+    out = arguments.out or result_path(result["environment"])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     print(f"\n{table(result)}\n\nwritten to {out}")

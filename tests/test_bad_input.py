@@ -134,7 +134,9 @@ def test_a_state_of_another_search(arguments, message) -> None:
         pytest.param(lambda d: d["mean"].fill_(NAN), "mean holds what no search makes", id="a mean that is no number"),
         pytest.param(lambda d: d["variance"].fill_(-1), "variance holds what no search makes", id="variance below 0"),
         pytest.param(lambda d: d.update(mean=d["mean"].half()), "mean must be torch.float32", id="a mean in fp16"),
-        pytest.param(lambda d: d.update(mean=torch.zeros(3)), "mean must be torch.float32", id="a mean of another size"),
+        pytest.param(
+            lambda d: d.update(mean=torch.zeros(3)), "mean must be torch.float32", id="a mean of another size"
+        ),
         pytest.param(
             lambda d: d.update(elite_low=torch.zeros(2, 3)), "elite_low must be torch.float32", id="strange elites"
         ),

@@ -1,7 +1,12 @@
 """The measurements: that what is compared is the same, and that what is counted is right."""
 
+import functools
 import json
+import os
+import shutil
 import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +14,12 @@ import torch.nn.functional as F
 from test_hps import checkpoint, img_score  # noqa: F401  fixtures
 from test_rewards import make_images
 
-from bench import collect, compare, end_to_end, floor, readme_tables
+import ses_fast
+from bench import collect, compare, cpu, end_to_end, floor, readme_tables
+from bench import ops as op_benches
 from bench.baseline import Flow, HPSScore
+from bench.clip import check_scores
+from bench.environment import environment
 from bench.floor import Rates, Work
 from bench.ops import result_path
 from ses_fast import embedded
@@ -22,17 +31,21 @@ TOLERANCE = {"counted": 0.02, "hps": 1e-5}
 
 
 @pytest.mark.parametrize(
-    ("family", "denoise_ms", "decode_ms"),
+    ("family", "denoise_ms", "decode_ms", "preprocess_us"),
     [
-        pytest.param("z-image-turbo", 573, 13.3, id="z-image-turbo"),
-        pytest.param("flux.2-klein-4b", 176, 13.3, id="klein-its-latents-are-packed"),
+        pytest.param("z-image-turbo", 573, 13.3, 2.2, id="z-image-turbo"),
+        pytest.param("z-image", 4297, 13.3, 2.2, id="z-image-with-cfg"),
+        pytest.param("flux.1-dev", 2825, 13.3, 2.2, id="flux.1-dev"),
+        pytest.param("qwen-image", 10001, 25.5, 3.63, id="qwen-image-with-cfg-at-1328"),
+        pytest.param("flux.2-dev", 10732, 13.3, 2.2, id="flux.2-dev"),
+        pytest.param("flux.2-klein-4b", 176, 13.3, 2.2, id="klein-its-latents-are-packed"),
     ],
 )
-def test_the_floor_of_the_real_modules(family, denoise_ms, decode_ms):
+def test_the_floor_of_the_real_modules(family, denoise_ms, decode_ms, preprocess_us):
     """Figures that were counted independently, at 790 TFLOP/s and 3.0 TB/s."""
     works = floor.family_stages(family)
     found = {stage: 1e3 * work.seconds(floor.RATES["h100"]) for stage, work in works.items()}
-    expected = {"denoise": denoise_ms, "decode": decode_ms, "reward": 0.42, "preprocess": 0.0022}
+    expected = {"denoise": denoise_ms, "decode": decode_ms, "reward": 0.42, "preprocess": preprocess_us / 1e3}
     for stage, value in expected.items():
         assert found[stage] == pytest.approx(value, rel=TOLERANCE["counted"]), stage
 
@@ -91,10 +104,10 @@ def contest():
 
 def test_both_ways_see_the_same(contest):
     rows = {"eager": end_to_end.ROWS["eager"]}
-    apart = contest.check(rows)
-    assert apart["eager"] < 0.05 * apart["spread"]
-    times = contest.race(rows, 1)
-    assert times.keys() == {"baseline", "eager"}
+    apart, failed = contest.check(rows)
+    assert apart["eager"]["scores"] < 0.05 * apart["spread"] and apart["eager"]["images"] < 0.01 and not failed
+    times = contest.race(rows, 1, failed)
+    assert not failed and times.keys() == {"baseline", "eager"}
     figures = end_to_end.summarise(times["eager"], {"total": 1.0}, {"total": 0.5})
     assert 0 < figures["overhead"] < 0.5 and figures["x floor, attention at its own rate"] == 2 * figures["x floor"]
 
@@ -104,6 +117,8 @@ def test_both_ways_see_the_same(contest):
     [
         pytest.param({"dwt_level": 2}, "not close", id="other-candidates"),
         pytest.param({"score": 0.1}, "scores differ", id="other-scores"),
+        pytest.param({"score": float("nan")}, "scores differ by nan", id="no-scores"),
+        pytest.param({"darker": 3}, "images differ", id="other-images"),
     ],
 )
 def test_what_differs_is_not_timed(contest, monkeypatch, broken, message):
@@ -111,6 +126,9 @@ def test_what_differs_is_not_timed(contest, monkeypatch, broken, message):
     if "score" in broken:
         stock = contest.reward
         monkeypatch.setattr(contest, "reward", lambda images, prompt: stock(images, prompt) + broken["score"])
+    elif "darker" in broken:
+        render = Flow.render
+        monkeypatch.setattr(Flow, "render", lambda *a: render(*a).point(lambda grey: max(0, grey - broken["darker"])))
     else:
         evolve = end_to_end.ses_fast.evolve
         monkeypatch.setattr(end_to_end.ses_fast, "evolve", lambda *a, **k: evolve(*a, **(k | broken)))
@@ -130,11 +148,13 @@ ABOUT = {
 }
 
 
-def result_of(date="2026-01-01", device="Some CPU", speedup=(3.0, 3.1, 2.9), floor=2.0):
+def result_of(date="2026-01-01", device="Some CPU", speedup=(3.0, 3.1, 2.9), floor=2.0, times=2.0, spread=0.01):
     """A result file of one op and one search."""
     middle = sorted(speedup)[len(speedup) // 2]
     row = {
         "seconds": dict.fromkeys(("total", "denoise", "decode", "reward", "final"), 6.0),
+        "batch": 10,
+        "floor": {"total": 1.25},
         "overhead": 0.004,
         "x floor": 1.5,
         "x floor, attention at its own rate": 1.4,
@@ -144,15 +164,20 @@ def result_of(date="2026-01-01", device="Some CPU", speedup=(3.0, 3.1, 2.9), flo
         "steps": 8,
         "rows": {"baseline": row, "eager": row | {"x baseline": middle, "x baseline, all": list(speedup)}},
         "rates": {"matrix": 1e12, "attention": 1e12, "memory": 1e12},
-        "apart": {"eager": 0.001},
+        "apart": {"spread": 10.0, "eager": {"scores": 0.001, "images": 0.002}},
+        "together": {"mean": 0.5, "largest": 20.0, "limit": 0.01},
         "attention": "torch",
         "memory": None,
+        "failed": {},
     }
     about = ABOUT | {"date": date, "device": device}
     op = {"row": "an op|torch", "ms": 1.0, "spread": 0.01, "floor": floor, "GB/s": 5.0}
-    beside = {"what": "resize", "shape": [3, 8, 8], "ours": 1.0, "theirs": 2.0, "times": 2.0, "bar": 1.0}
+    reward = {"reward": "a CLIP", "spread": 0.01, "images/s": 50.0, "stock images/s": 25.0, "times": 2.0, "bar": 3.0}
+    beside = {"what": "resize", "shape": [3, 8, 8], "ours": 1.0, "theirs": 2.0, "times": times, "bar": 1.0}
     searches = {"threads": 2, "models": {"embedded": figures}, "failed": {"flux.1-dev": "no memory"}}
-    parts = {"ops": {"copy_GB/s": 10.0, "rows": [op]}, "cpu": {"rows": [beside]}, "searches": searches}
+    searches |= {"asked": {"models": ["embedded", "flux.1-dev", "z-image-turbo"], "rows": ["eager"]}}
+    ops = {"copy_GB/s": 10.0, "rows": [op], "rewards": [reward]}
+    parts = {"ops": ops, "cpu": {"threads": 2, "rows": [beside | {"spread": spread}]}, "searches": searches}
     return collect.collected({name: {"environment": about, **part} for name, part in parts.items()})
 
 
@@ -164,12 +189,16 @@ def test_what_moved_is_beyond_the_noise():
     steady, spread = result_of(speedup=(2.0, 2.0, 2.0)), result_of(speedup=(1.0, 1.5, 2.0))
     assert compare.moved(result_of(), spread) == []  # its rounds differ by as much
     assert compare.moved(result_of(), steady) == ["slower x1.50 (noise x1.15): search embedded|eager"]
+    slower = ["slower x1.54 (noise x1.15): resize (3, 8, 8)|beside what it replaces"]
+    assert compare.moved(result_of(), result_of(times=1.3)) == slower
+    assert compare.moved(result_of(), result_of(times=1.3, spread=0.4)) == []
     lost = result_of() | {"ops": None}
-    assert compare.moved(result_of(), lost) == ["no longer measured: an op|torch"]
-    assert compare.moved(lost, result_of()) == ["not measured before: an op|torch"]
+    names = ["an op|torch", "reward: a CLIP|stock"]
+    assert compare.moved(result_of(), lost) == [f"no longer measured: {name}" for name in names]
+    assert compare.moved(lost, result_of()) == [f"not measured before: {name}" for name in names]
 
 
-def test_only_what_is_committed_on_such_a_device_is_compared_with(tmp_path, monkeypatch):
+def test_only_what_is_committed_on_such_a_device_is_compared_with(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
     monkeypatch.setattr(compare, "RESULTS", folder)
@@ -190,6 +219,14 @@ def test_only_what_is_committed_on_such_a_device_is_compared_with(tmp_path, monk
     (folder / "d-bench.json").write_text(json.dumps(result_of("2026-01-09")))
     assert compare.committed(result_of())[0] == "bench/results/b-bench.json"
     assert compare.committed(result_of(device="Third")) is None
+    assert compare.committed(result_of("2026-01-03"))[0] == "bench/results/a-bench.json"  # not with itself
+    again = result_of("2026-01-03", times=5.0)
+    (folder / "b-bench.json").write_text(json.dumps(again))
+    git("commit", "-qam", "again on the same day")
+    assert compare.committed(again) == ("bench/results/b-bench.json", result_of("2026-01-03"))
+    os.utime(folder / "a-bench.json", (2e9, 2e9))  # the newest is the one whose date is
+    compare.main([])
+    assert str(folder / "d-bench.json") in capsys.readouterr().out
 
 
 def test_one_file_holds_the_run(tmp_path):
@@ -202,7 +239,11 @@ def test_one_file_holds_the_run(tmp_path):
         "1.50 (1.40)",
         "an op",
         "resize",
-        "FAILED: flux.1-dev",
+        "| a CLIP | 50.0 | 25.0 | 2.00 | at least 3, missed |",
+        "not measured: flux.1-dev, same candidates, same steps (FAILED: no memory)",
+        "not measured: z-image-turbo, same candidates, same steps\n",
+        "0.5 of 255 on the mean (at most 0.01, missed)",
+        "peak memory: not measured",
     ):
         assert part in text
     only_ops = collect.collected({"ops": result["ops"]})
@@ -213,28 +254,120 @@ def test_one_file_holds_the_run(tmp_path):
         collect.collected({"ops": result_of(device="Other")["ops"], "cpu": result["cpu"]})
 
 
+def test_the_memory_bar_is_shown():
+    result = result_of()["searches"]
+    result["models"]["embedded"]["memory"] = 1.04
+    assert "peak memory: 1.040 of the plain call's (at most 1.05)" in end_to_end.table(result)
+    result["models"]["embedded"] |= {"memory": 1.06, "failed": {"2 together": "no room"}}
+    assert "FAILED: embedded, 2 together: no room" in end_to_end.table(result)
+    assert "peak memory: 1.060 of the plain call's (at most 1.05, missed)" in end_to_end.table(result)
+
+
 def test_the_readmes_table_says_what_was_not_measured():
     old, new = result_of("2026-01-01", speedup=(9.0,)), result_of("2026-01-02", speedup=(3.0,))
-    lines = readme_tables.performance([new, old]).splitlines()
-    assert len([line for line in lines if "Some CPU" in line]) == 1 and "| 3.00 |" in lines[2]
-    assert all("not measured" in line for line in lines[3:])
-    assert len(lines) == 2 + len(end_to_end.MODELS) * len(end_to_end.ROWS)
-    with pytest.raises(ValueError, match="lacks"):
-        readme_tables.written("no marks", [])
+    newest = result_of("2026-01-03") | {"searches": None}  # hides nothing
+    lines = readme_tables.performance([newest, new, old]).splitlines()
+    assert len([line for line in lines if "Some CPU" in line]) == 1
+    for cell in ("| 10 |", "| 3.00 |", f"| {6 / 1.25:.2f} |"):  # batch, times faster, at most
+        assert cell in lines[2]
+    rows = len(end_to_end.MODELS) * len(end_to_end.ROWS)
+    assert all("not measured" in line for line in lines[3 : 2 + rows])
+    assert "preprocessing counts as reward" in lines[-1] and len(lines) == 4 + rows
+    with pytest.raises(ValueError, match="there is no"):
+        readme_tables.written("no marks", "performance", "")
 
 
-def test_the_readme_is_up_to_date():
+def test_the_readmes_operators():
+    result = result_of()
+    text = readme_tables.operators([result_of("2026-01-02") | {"cpu": None}, result])
+    assert "| resize | 3 x 8 x 8 | 1.00 | 2.00 | 2.0 | 1 |" in text and "Some CPU, 2 threads" in text
+    assert "On a GPU: not measured yet." in text
+    gpu = result_of(device="Some GPU") | {"cpu": None}
+    graph = {"row": "population P=50|triton", "graph_us": 12.345, "graph_floor": 1.678}
+    gpu["ops"]["rows"] = [graph, graph | {"row": "population P=50|torch"}]
+    text = readme_tables.operators([result, gpu])
+    assert text.count("population P=50") == 1 and "| population P=50 | 12.35 | 1.68 |" in text
+    assert "not measured" not in text and "not measured" in readme_tables.operators([])
+
+
+FIGURES = {
+    "environment": ABOUT,
+    "captions": 200,
+    "seconds": 1017.6,
+    "headroom": {"one noise right": 0.35},
+    "search": {
+        "no search": {"reward": 32.03, "all facts right": 0.35},
+        "SES": {"reward": 40.5, "all facts right": 0.89},
+    },
+}
+
+
+def test_the_readmes_gains():
+    old = FIGURES | {"environment": ABOUT | {"date": "2025-01-01"}, "seconds": 1.0}
+    assert "| SES | 40.500 | 0.890 |" in readme_tables.gains([FIGURES, old])
+    assert "one noise right" not in readme_tables.gains([FIGURES])
+    text = readme_tables.gains_and_headroom([FIGURES, old])
+    for part in (
+        "Some CPU, 2026-01-01, commit abc; 200 captions, 1018 seconds",
+        "| one noise right | 0.350 |",
+        "| SES |",
+    ):
+        assert part in text
+
+
+def test_the_readmes_are_up_to_date():
     """`make readme-tables` has been run after the last result."""
-    readme = readme_tables.README.read_text()
-    assert readme_tables.written(readme, collect.stored()) == readme
+    for path, text in readme_tables.renewed().items():
+        assert path.read_text() == text, path
 
 
-def test_every_result_says_what_it_was_measured_on():
-    for path in collect.RESULTS.glob("*-bench.json"):
+@pytest.mark.parametrize(("file", "name"), [section[:2] for section in readme_tables.SECTIONS])
+def test_every_section_is_checked(tmp_path, monkeypatch, file, name):
+    for each in {section[0] for section in readme_tables.SECTIONS}:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text((readme_tables.ROOT / each).read_text())
+    monkeypatch.setattr(readme_tables, "renewed", functools.partial(readme_tables.renewed, tmp_path))
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    readme_tables.main([])
+    path = tmp_path / file
+    right = path.read_text()
+    path.write_text(right.replace(f"<!-- bench:{name} -->\n", f"<!-- bench:{name} -->\nby hand\n"))
+    with pytest.raises(SystemExit, match=f"out of date: {file}"):
+        readme_tables.main(["--check"])
+    readme_tables.main([])
+    assert path.read_text() == right
+
+
+def faults(folder):
+    """What is wrong with a folder of results."""
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".md" and not path.with_suffix(".json").is_file():
+            found.append(f"{path.name} is of no result")
+        if path.suffix != ".json":
+            continue
         result = json.loads(path.read_text())
-        assert result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}, path.name
-        assert path.name == result_path(result["environment"], "-bench").name
-        assert path.with_suffix(".md").read_text() == collect.markdown(result)
+        kind = "-embedded" if path.stem.endswith("-embedded") else "-bench"
+        if path.name != result_path(result["environment"], kind).name:
+            found.append(f"{path.name} is not named after what it was measured on")
+        if not result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}:
+            found.append(f"{path.name} does not say what it was measured on")
+        page = path.with_suffix(".md")
+        if kind == "-bench" and not (page.is_file() and page.read_text() == collect.markdown(result)):
+            found.append(f"{page.name} is missing or old")
+    return found
+
+
+def test_every_result_has_its_page(tmp_path):
+    assert faults(collect.RESULTS) == []
+    result = result_of()
+    path = tmp_path / "some-cpu-2026-01-01-bench.json"
+    path.write_text(json.dumps(result))
+    assert faults(tmp_path) == ["some-cpu-2026-01-01-bench.md is missing or old"]
+    path.with_suffix(".md").write_text(collect.markdown(result))
+    assert faults(tmp_path) == []
+    path.rename(tmp_path / "other-bench.json")
+    assert len(faults(tmp_path)) == 3
 
 
 def test_compiled_blocks_are_not_the_baselines(contest, monkeypatch):
@@ -252,3 +385,159 @@ def test_compiled_blocks_are_not_the_baselines(contest, monkeypatch):
         assert contest.ours(end_to_end.ROWS["compile"], 1).evaluations == 1
     assert given[0] is given[1] and given[0].dit is not contest.pipe.dit
     assert torch.equal(given[0].dit.x_pad_token, contest.pipe.dit.x_pad_token)
+
+
+@pytest.mark.parametrize("broken", [pytest.param(False, id="right"), pytest.param(True, id="wrong")])
+def test_a_wrong_op_gives_no_result(tmp_path, monkeypatch, broken):
+    stock = ses_fast.ops.sample_population
+
+    def sample_population(*arguments, **options):
+        candidates, low = stock(*arguments, **options)
+        return candidates + 1e-3 * broken, low
+
+    monkeypatch.setattr(ses_fast.ops, "sample_population", sample_population)
+    out = tmp_path / "ops.json"
+    chosen = ["-k", "sample_population and 4x64x64-10-torch", "-p", "no:cacheprovider"]
+    assert bool(op_benches.main(["--out", str(out), *chosen])) == broken
+    assert out.exists() != broken
+
+
+@pytest.mark.parametrize("what", [cpu.population, cpu.search, cpu.resize])
+def test_what_is_wrong_on_the_cpu_is_not_timed(monkeypatch, what):
+    def wrong(stock, *arguments, **options):
+        found = stock(*arguments, **options)
+        return (found[0] + 1e-3, found[1] + 1e-3) if isinstance(found, tuple) else found + 1e-3
+
+    for op in ("sample_population", "resize_normalize"):
+        monkeypatch.setattr(ses_fast.ops, op, functools.partial(wrong, getattr(ses_fast.ops, op)))
+    monkeypatch.setattr(cpu, "in_turns", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match="not close"):
+        what((3, 256, 256) if what is cpu.resize else (4, 64, 64), 1)
+
+
+def test_a_cpu_row_has_its_spread():
+    row = cpu.row("resize", (3, 8, 8), ours=[1.0, 2.0, 1.0], theirs=[2.0, 2.0, 3.0])  # 2, 1 and 3 times
+    assert row["times"] == 2 and row["spread"] == pytest.approx(1 / 2)
+    assert cpu.row("resize", (3, 8, 8), ours=[1.0], theirs=[2.0])["spread"] == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        pytest.param([1.0, float("nan")], [1.0, 2.0], "differ by nan", id="nan"),
+        pytest.param([1.0, 2.02], [1.0, 2.0], "more than 0.01", id="beyond-the-tolerance"),
+        pytest.param([1.0, 1.009], [1.0, 1.01], None, id="within"),
+        pytest.param([1.0, 1.016], [1.0, 1.008], "spread by", id="within-the-tolerance-but-not-beside-the-spread"),
+        pytest.param([1.0, 1.0], [1.0, 1.0], "rounding", id="all-alike"),
+        pytest.param([1.0], [1.0, 2.0], "1 scores against 2", id="too-few"),
+    ],
+)
+def test_when_scores_are_the_same(ours, theirs, message):
+    if message is None:
+        assert check_scores(ours, theirs, torch.float32, "a row") == pytest.approx(0.001, rel=1e-3)
+    else:
+        with pytest.raises(AssertionError, match=message):
+            check_scores(ours, theirs, torch.float32, "a row")
+
+
+def test_a_row_of_cheaper_previews_is_data(contest, monkeypatch):
+    rows = {"eager": end_to_end.ROWS["eager"], "cheap": end_to_end.Row("half the steps", steps=1, same=False)}
+    model = replace(SHORT, call={"num_inference_steps": 2})
+    monkeypatch.setattr(contest, "model", model)
+    monkeypatch.setattr(end_to_end, "Contest", lambda *_: contest)
+    monkeypatch.setitem(end_to_end.ROWS, "cheap", rows["cheap"])
+    figures = end_to_end.measure("embedded", model, rows)
+    found = figures["rows"]
+    assert found.keys() == {"baseline", "eager", "cheap"} and not figures["failed"] and found["cheap"]["x baseline"] > 0
+    assert found["cheap"]["floor"]["denoise"] == pytest.approx(found["eager"]["floor"]["denoise"] / 2)
+    assert found["cheap"]["floor"]["final"] == found["eager"]["floor"]["final"]
+    assert figures["apart"]["cheap"] is None and figures["together"]["mean"] < 0.01
+    asked = {"models": ["embedded"], "rows": list(rows)}
+    text = end_to_end.table({"models": {"embedded": figures}, "failed": {}, "asked": asked})
+    assert "| half the steps | 10 |" in text and "not measured: embedded" not in text
+    json.dumps(figures, allow_nan=False)
+
+
+@pytest.mark.parametrize("when", ["check", "race"])
+def test_a_row_that_fails_leaves_the_others(contest, monkeypatch, when):
+    stock, calls = contest.ours, []
+
+    def ours(row, *arguments, **options):
+        calls.append(row)
+        if row.what == "broken" and (when == "check" or calls.count(row) > 1):
+            raise KeyError("some compiler's own error")
+        return stock(row, *arguments, **options)
+
+    monkeypatch.setattr(contest, "ours", ours)
+    monkeypatch.setattr(end_to_end, "Contest", lambda *_: contest)
+    rows = {"broken": end_to_end.Row("broken"), "eager": end_to_end.ROWS["eager"]}
+    figures = end_to_end.measure("embedded", replace(SHORT, rounds=2), rows)
+    assert figures["rows"].keys() == {"baseline", "eager"} and "compiler" in figures["failed"]["broken"]
+    assert len(figures["rows"]["eager"]["all"]) == 2
+
+
+def test_a_model_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def measure(name, model, rows):
+        if name == "other":
+            raise KeyError("no such weights")
+        return result_of()["searches"]["models"]["embedded"]
+
+    monkeypatch.setattr(end_to_end, "measure", measure)
+    monkeypatch.setitem(end_to_end.MODELS, "other", SHORT)
+    out = tmp_path / "searches.json"
+    with pytest.raises(SystemExit) as stopped:
+        end_to_end.main(["other", "embedded", "--rows", "eager", "--out", str(out), "--threads", "1"])
+    result = json.loads(out.read_text())
+    assert stopped.value.code == 1 and result["models"].keys() == {"embedded"} and "other" in result["failed"]
+    assert "not measured: other, same candidates, same steps (FAILED: 'no such weights')" in capsys.readouterr().out
+
+
+def test_no_git_ends_no_bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert environment()["commit"] is None
+    monkeypatch.setenv("COMMIT", "abc")
+    assert environment()["commit"] == "abc"
+
+
+def test_the_floors_file_makes_its_folder(tmp_path):
+    out = tmp_path / "new" / "floor.json"
+    floor.main(["embedded", "--steps", "1", "--out", str(out)])
+    assert json.loads(out.read_text())["families"]["embedded"]["denoise"]["operations"] > 0
+
+
+def test_without_any_wheel_the_ops_are_measured(tmp_path):
+    """In a process of its own, where diffsynth, PyWavelets and ptwt cannot be imported."""
+    out = tmp_path / "ops.json"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["diffsynth", "pywt", "ptwt"]))
+from bench import collect, ops
+status = ops.main(["--out", {str(out)!r}, "-k", "4x64x64-10 or ten and 128x128", "-p", "no:cacheprovider"])
+collect.main([{str(out)!r}, {str(tmp_path / "searches.json")!r}, "--into", {str(tmp_path)!r}])
+sys.exit(status)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=readme_tables.ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (page,) = tmp_path.glob("*-bench.md")
+    assert "| sample_population P=10 (4, 64, 64) | torch |" in page.read_text()
+    assert "a small CLIP" in page.read_text() and "Not measured." in page.read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_bench_collects_what_there_is_and_then_fails(tmp_path):
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "ready"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "[$CUDA_VISIBLE_DEVICES] $*" >> log\ntest "$2" != bench.ops\n')
+    python.chmod(0o755)
+    made = ["make", "-f", str(readme_tables.ROOT / "Makefile"), "bench", f"RUN={tmp_path}", "READY=ready"]
+    ran = subprocess.run(made, cwd=tmp_path, capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"})
+    log = (tmp_path / "log").read_text().splitlines()
+    assert ran.returncode and [line.split()[2] for line in log] == [
+        "bench.ops",
+        "bench.cpu",
+        "bench.end_to_end",
+        "bench.collect",
+    ]
+    assert all(line.startswith("[] ") for line in log)

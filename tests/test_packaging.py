@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ IMPORTS = {
     "__main__": {"cli"},
     "cli": {"_torchvision", "embedded", "ops", "pipelines", "report", "rewards"},
     "embedded": {"_torchvision", "rewards"},
-    "evolution": {"spectral"},
+    "evolution": {"ops", "spectral"},
     "kernels": {"reference"},
     "loop": {"evolution"},
     "ops": {"kernels", "reference"},
@@ -81,6 +82,15 @@ def test_imports_go_one_way(module):
 
 def test_every_module_has_its_place():
     assert set(sources().values()) == set(IMPORTS)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "ses_fast/embedded/README.md"])
+def test_the_docs_point_at_what_is_there(name):
+    path = ROOT / name
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]
+    marks = re.findall(r"<!-- (.+?) -->", path.read_text())
+    assert not [mark for mark in marks if not re.fullmatch(r"/?bench(:\w+)?", mark)], "a placeholder was left"
 
 
 def test_a_missing_package_names_an_extra_that_exists():

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import ses_fast
@@ -22,17 +21,13 @@ mend_torchvision()
 
 from diffsynth.diffusion.flow_match import FlowMatchScheduler  # noqa: E402
 from diffsynth.pipelines.z_image import ZImagePipeline, model_fn_z_image  # noqa: E402
-from tiny import brightness, tiny_z_image  # noqa: E402
+from tiny import BASE as ANY_BASE  # noqa: E402
+from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_z_image  # noqa: E402
 
 # Candidates together against one by one: absolute, on images in [-1, 1].
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
-BASE = {"prompt": "a red fox", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
-BASE["progress_bar_cmd"] = lambda steps: steps
-SES = {"enable_ses": True, "ses_reward_model": brightness, "ses_inference_steps": 2}
-QUIET = {"progress": False, "popsize": 4, "k_elites": 2}
-
-PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+BASE = {name: value for name, value in ANY_BASE.items() if name != "cfg_scale"}  # Z-Image's own default is 1
 CALLS = [
     pytest.param({}, id="text-to-image"),
     pytest.param({"cfg_scale": 4.0, "negative_prompt": "blurry and dark"}, id="CFG: two forwards a step"),
@@ -54,30 +49,6 @@ def pipe(tiny):
     tiny.__dict__.pop("load_models_to_device", None)
     tiny.model_fn = model_fn_z_image
     tiny.vram_management_enabled = False
-
-
-def pixels(image):
-    return np.asarray(image).astype(int)
-
-
-class Seen:
-    """Collects the previews of a search."""
-
-    def __init__(self):
-        self.images, self.scores, self.numbers = [], [], []
-
-    def __call__(self, images, scores, generation, first):
-        self.images += list(images)
-        self.scores += scores.tolist()
-        self.numbers.append((generation, first, len(images)))
-
-
-def search(pipe, budget=6, call=None, **config):
-    """(image, result, what on_preview saw)"""
-    seen = Seen()
-    config = SESConfig(**QUIET | {"on_preview": seen} | config)
-    image = pipe(**BASE | (call or {}) | SES, ses_eval_budget=budget, ses_config=config)
-    return image, pipe.ses_result, seen
 
 
 # ---------------------------------------------------------------- enable and disable

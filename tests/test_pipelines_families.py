@@ -5,7 +5,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import ses_fast
 from ses_fast import SESConfig
@@ -14,31 +13,27 @@ from ses_fast.pipelines.base import SESUnit, _first_batch_size
 
 mend_torchvision()
 
-from diffsynth.core import AutoWrappedLinear, enable_vram_management  # noqa: E402
 from diffsynth.utils.ses import ses_search  # noqa: E402
-from tiny import brightness, tiny_flux, tiny_flux2, tiny_qwen_image, tiny_z_image  # noqa: E402
+from tiny import (  # noqa: E402
+    BASE,
+    GUIDED,
+    HALF,
+    MAKE,
+    PHOTO,
+    brightness,
+    close,
+    forward_sizes,
+    lora_for,
+    manage_vram,
+    pixels,
+    search,
+)
 
-# Candidates together against one by one: absolute, on images in [-1, 1].
-TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.15}
-
-MAKE = {
-    "Z-Image": tiny_z_image,
-    "FLUX.1": tiny_flux,
-    "FLUX.2-dev": tiny_flux2,
-    "FLUX.2-klein": lambda *args: tiny_flux2(*args, klein=True),
-    "Qwen-Image": tiny_qwen_image,
-}
 FAMILIES = [pytest.param(name, id=name) for name in MAKE]
 PIXELS = {"Z-Image": 8, "FLUX.1": 8, "FLUX.2-dev": 16, "FLUX.2-klein": 16, "Qwen-Image": 8}  # a side of a latent
 # FLUX's text has one length whatever the prompt is, so CFG's two sides can share a batch.
 SHARES = ("FLUX.1", "FLUX.2-dev", "FLUX.2-klein")
-
-BASE = {"prompt": "a red fox", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3, "cfg_scale": 1.0}
-BASE["progress_bar_cmd"] = lambda steps: steps
-SES = {"enable_ses": True, "ses_reward_model": brightness, "ses_inference_steps": 2}
-QUIET = {"progress": False, "popsize": 4, "k_elites": 2}
-PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-CFG = [pytest.param({}, id="no CFG"), pytest.param({"cfg_scale": 3.0, "negative_prompt": "blurry and dark"}, id="CFG")]
+CFG = [pytest.param({}, id="no CFG"), pytest.param(GUIDED, id="CFG")]
 
 _pipes = {}
 
@@ -57,47 +52,10 @@ def pipe(tiny):
     ses_fast.disable(tiny)
 
 
-def pixels(image):
-    return np.asarray(image).astype(int)
-
-
-class Seen:
-    def __init__(self):
-        self.images, self.scores = [], []
-
-    def __call__(self, images, scores, generation, first):
-        self.images += list(images)
-        self.scores += scores.tolist()
-
-
-def search(pipe, budget=6, call=None, **config):
-    """(image, result, what on_preview saw)"""
-    seen = Seen()
-    config = SESConfig(**QUIET | {"on_preview": seen} | config)
-    image = pipe(**BASE | SES | (call or {}), ses_eval_budget=budget, ses_config=config)
-    return image, pipe.ses_result, seen
-
-
-def close(seen, others, dtype=torch.float32):
-    a, b = torch.stack(seen.images), torch.stack(others.images)
-    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[dtype])
-    assert (a[0] - a[1]).abs().max() > 0.1  # candidates do differ
-
-
 def forwards(pipe, call, **config):
     """How many images each forward of the denoiser had, in a search of four previews of two steps."""
-    block = next(m for m in pipe.dit.modules() if type(m).__name__ in pipe.dit._repeated_blocks)
-    sizes = []
-
-    def note(module, args, kwargs):
-        image = args[0] if args else next(kwargs[name] for name in ("image", "hidden_states", "x") if name in kwargs)
-        sizes.append(len(image))
-
-    handle = block.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with forward_sizes(pipe) as sizes:
         search(pipe, budget=4, call=call, **config)
-    finally:
-        handle.remove()
     return sizes
 
 
@@ -128,7 +86,7 @@ def test_the_final_image_is_the_winners_preview(pipe, family, cfg):
     image, result, seen = search(pipe, budget=10, call=cfg)
     winner = seen.scores.index(max(seen.scores))
     assert winner > 0 and result.score == seen.scores[winner] > seen.scores[0] == result.base_score
-    assert np.array_equal(pixels(image), pixels(pipe.vae_output_to_image(seen.images[winner][None])))
+    assert np.array_equal(pixels(image), pixels(pipe.vae_output_to_image(seen.winner)))
     assert not np.array_equal(pixels(image), stock)
     side = 64 // PIXELS[family]
     assert result.latents.shape == (1, 16 * PIXELS[family] ** 2 // 64 * (2 if side == 4 else 1), side, side)
@@ -157,11 +115,10 @@ def test_together_equals_one_by_one(pipe, family, call, cfg):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_together_in_bf16(family):
     pipe = ses_fast.enable(MAKE[family](torch.bfloat16))
-    call = CFG[1].values[0]
-    stock = pixels(pipe(**BASE | call))
-    assert np.array_equal(pixels(search(pipe, budget=1, call=call)[0]), stock)
-    _, result, alone = search(pipe, budget=4, call=call)
-    _, _, together = search(pipe, budget=4, call=call, batch_size=4)
+    stock = pixels(pipe(**BASE | GUIDED))
+    assert np.array_equal(pixels(search(pipe, budget=1, call=GUIDED)[0]), stock)
+    _, result, alone = search(pipe, budget=4, call=GUIDED)
+    _, _, together = search(pipe, budget=4, call=GUIDED, batch_size=4)
     assert result.latents.dtype == alone.images[0].dtype == torch.bfloat16
     close(alone, together, torch.bfloat16)
 
@@ -202,6 +159,37 @@ def test_the_automatic_batch_halves_where_memory_ends_and_changes_no_result(pipe
     assert sizes[: len(tried)] == tried and set(sizes[len(tried) :]) == {4}
     with pytest.raises(torch.OutOfMemoryError):  # a size that was asked for is not changed
         search(pipe, budget=8, call=call, popsize=8, batch_size=8)
+
+
+@pytest.mark.parametrize("family", ["FLUX.2-dev"])
+def test_a_batch_size_that_fits_without_the_negative_side_runs_as_two_forwards(pipe, monkeypatch):
+    unit, sizes = pipe.units[-1], []
+    _, _, alone = search(pipe, budget=8, call=GUIDED)
+    forward = unit.forward_together
+
+    def small_forward(*args, **inputs):
+        sizes.append(len(inputs["latents"]))
+        if sizes[-1] > 5:
+            raise torch.OutOfMemoryError("no room")
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(unit, "forward_together", small_forward)
+    _, _, together = search(pipe, budget=8, call=GUIDED, batch_size=4)
+    close(alone, together)
+    assert sizes == [8] + [4] * 8  # tried once; then two sides, two steps, two generations
+
+
+@pytest.mark.parametrize("family", ["FLUX.2-dev"])
+def test_the_users_own_guidance_is_not_bypassed(pipe, monkeypatch):
+    plain, guided = pixels(pipe(**BASE | GUIDED)), pipe.cfg_guided_model_fn
+    monkeypatch.setattr(pipe, "cfg_guided_model_fn", lambda *args, **inputs: 0.5 * guided(*args, **inputs), False)
+    stock = pixels(pipe(**BASE | GUIDED))
+    assert not np.array_equal(stock, plain)
+    assert np.array_equal(pixels(search(pipe, budget=1, call=GUIDED)[0]), stock)
+    _, _, alone = search(pipe, budget=4, call=GUIDED)
+    _, _, together = search(pipe, budget=4, call=GUIDED, batch_size=4)
+    close(alone, together)
+    assert forwards(pipe, GUIDED, batch_size=4) == [4, 4, 4, 4, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -245,15 +233,13 @@ def test_image_to_image(pipe):
     assert not np.array_equal(stock, pixels(pipe(**BASE)))
     assert np.array_equal(pixels(search(pipe, budget=1, call=call)[0]), stock)
     image, _, seen = search(pipe, budget=6, call=call)
-    winner = seen.images[seen.scores.index(max(seen.scores))]
-    assert np.array_equal(pixels(image), pixels(pipe.vae_output_to_image(winner[None])))
+    assert np.array_equal(pixels(image), pixels(pipe.vae_output_to_image(seen.winner)))
     assert np.array_equal(pixels(pipe(**BASE | call)), stock)
 
 
-@pytest.mark.parametrize("family", ["FLUX.2-dev", "Qwen-Image"])
+@pytest.mark.parametrize("family", ["FLUX.2-dev", "FLUX.2-klein", "Qwen-Image"])
 def test_inpainting(pipe, family):
-    mask = Image.fromarray(np.repeat([[0] * 32 + [255] * 32], 64, 0).astype(np.uint8))
-    call = {"input_image": PHOTO, "denoising_strength": 0.9, "inpaint_mask": mask}
+    call = {"input_image": PHOTO, "denoising_strength": 0.9, "inpaint_mask": HALF}
     stock = pixels(pipe(**BASE | call))
     assert not np.array_equal(stock, pixels(pipe(**BASE | call | {"inpaint_mask": None})))
     assert np.array_equal(pixels(search(pipe, budget=1, call=call)[0]), stock)
@@ -327,22 +313,98 @@ def test_what_cannot_go_with_ses_raises_before_any_work(pipe, monkeypatch, call)
         search(pipe, call=call)
 
 
-@pytest.mark.parametrize("family", ["FLUX.2-dev"])
-def test_a_lora_of_the_positive_side_is_not_shared_with_the_negative(family):
+WITH_LORA = ["Z-Image", "FLUX.2-dev", "FLUX.2-klein"]  # whose call takes one
+
+
+@pytest.fixture
+def hot(family):
+    """A pipeline of its own that takes LoRAs by the call."""
     pipe = ses_fast.enable(MAKE[family]())
     pipe.dit = pipe.enable_lora_hot_loading(pipe.dit)
-    generator = torch.Generator().manual_seed(0)
-    lora = {
-        f"transformer_blocks.0.attn.to_q.lora_{side}.default.weight": torch.randn(*shape, generator=generator)
-        for side, shape in (("A", (4, 32)), ("B", (32, 4)))
-    }
-    call = {"lora": lora, "cfg_scale": 3.0}
-    stock = pixels(pipe(**BASE | call))
-    assert not np.array_equal(stock, pixels(pipe(**BASE | {"cfg_scale": 3.0})))
-    assert np.array_equal(pixels(search(pipe, budget=1, call=call)[0]), stock)
-    _, _, alone = search(pipe, budget=4, call=call)
-    _, _, together = search(pipe, budget=4, call=call, batch_size=4)
+    return pipe
+
+
+@pytest.mark.parametrize("sides", [("lora",), ("negative_lora",), ("lora", "negative_lora")], ids=" and ".join)
+@pytest.mark.parametrize("family", WITH_LORA)
+def test_a_lora_of_one_side_is_not_shared_with_the_other(hot, family, sides):
+    loras = {side: lora_for(family, seed) for seed, side in enumerate(sides)}
+    plain, stock = pixels(hot(**BASE | GUIDED)), pixels(hot(**BASE | GUIDED | loras))
+    assert not np.array_equal(stock, plain)
+    assert np.array_equal(pixels(search(hot, budget=1, call=GUIDED | loras)[0]), stock)
+    _, _, alone = search(hot, budget=4, call=GUIDED | loras)
+    _, _, together = search(hot, budget=4, call=GUIDED | loras, batch_size=4)
     close(alone, together)
+    assert forwards(hot, GUIDED | loras, batch_size=4) == [4, 4, 4, 4, 1, 1, 1, 1]
+    assert np.array_equal(pixels(hot(**BASE | GUIDED)), plain)
+
+
+@pytest.mark.parametrize("cfg", CFG)
+@pytest.mark.parametrize("family", WITH_LORA)
+def test_running_out_of_memory_with_a_lora_changes_no_result(hot, family, cfg, monkeypatch):
+    """DiffSynth loads it before the forward and clears it after: the retry would have it twice."""
+    call, unit = cfg | {"lora": lora_for(family)}, hot.units[-1]
+    _, _, alone = search(hot, budget=8, call=call, popsize=8)
+    forward, sizes = unit.forward_together, []
+
+    def small_forward(*args, **inputs):
+        sizes.append(len(inputs["latents"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no room")
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(unit, "forward_together", small_forward)
+    _, _, others = search(hot, budget=8, call=call, popsize=8, batch_size="auto")
+    close(alone, others)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
+
+
+@pytest.mark.parametrize("family", WITH_LORA)
+def test_an_interrupt_in_a_forward_leaves_no_lora(hot, family):
+    call, calls = {"lora": lora_for(family)}, []
+    plain, stock = pixels(hot(**BASE)), pixels(hot(**BASE | call))
+
+    def interrupt(*_):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    block = next(m for m in hot.dit.modules() if type(m).__name__ in hot.dit._repeated_blocks)
+    handle = block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search(hot, call=call)
+    handle.remove()
+    assert not np.array_equal(plain, stock)
+    assert np.array_equal(pixels(hot(**BASE)), plain)
+    assert np.array_equal(pixels(hot(**BASE | call)), stock)
+    assert np.array_equal(pixels(search(hot, budget=1, call=call)[0]), stock)
+
+
+@pytest.mark.parametrize("argument", ["lora", "negative_lora"])
+@pytest.mark.parametrize("family", WITH_LORA)
+def test_a_lora_by_the_call_beside_one_that_is_loaded_is_refused(hot, family, argument, monkeypatch):
+    hot.load_lora(hot.dit, state_dict=lora_for(family, seed=5), hotload=True, verbose=0)
+    stock = pixels(hot(**BASE))
+    assert np.array_equal(pixels(search(hot, budget=1)[0]), stock)  # alone it may stay
+    with monkeypatch.context() as patch:
+        patch.setattr(hot, "unit_runner", None)
+        with pytest.raises(ValueError, match=rf"{argument}= cannot go with a LoRA that is loaded"):
+            search(hot, call={argument: lora_for(family)})
+    assert np.array_equal(pixels(hot(**BASE)), stock)
+
+
+@pytest.mark.parametrize("family", ["Qwen-Image"])
+def test_too_few_steps_for_a_schedule_are_refused_before_any_preview(pipe, family):
+    stock, scored = pixels(pipe(**BASE)), []
+
+    def reward(images, prompt):
+        scored.append(images)
+        return brightness(images, prompt)
+
+    with pytest.raises(ValueError, match="ses_inference_steps"):
+        search(pipe, call={"ses_inference_steps": 1, "ses_reward_model": reward})
+    assert scored == [] and pipe.ses_result is None
+    assert np.array_equal(pixels(pipe(**BASE)), stock)
+    assert np.array_equal(pixels(search(pipe, budget=1)[0]), stock)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -364,20 +426,17 @@ def test_a_failed_call_leaves_the_pipeline_as_clean_as_the_first(pipe):
     assert np.array_equal(pixels(search(pipe)[0]), pixels(image))
 
 
+@pytest.mark.parametrize("cfg", CFG)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vram_management_loads_each_model_once_a_generation(family, monkeypatch):
+def test_vram_management_loads_each_model_once_a_generation(family, cfg, monkeypatch):
     monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)  # which DiffSynth calls
-    plain = search(ses_fast.enable(MAKE[family]()))
-    pipe = ses_fast.enable(MAKE[family]())
-    devices = {f"{when}_device": "cpu" for when in ("offload", "onload", "preparing", "computation")}
-    dtypes = {f"{when}_dtype": torch.float32 for when in ("offload", "onload", "preparing", "computation")}
-    for name, model in list(pipe.named_children()):
-        setattr(pipe, name, enable_vram_management(model, {torch.nn.Linear: AutoWrappedLinear}, devices | dtypes))
-    pipe.vram_management_enabled = pipe.check_vram_management_state()
-    assert pipe.vram_management_enabled
+    plain = search(ses_fast.enable(MAKE[family]()), call=cfg)
+    pipe = ses_fast.enable(manage_vram(MAKE[family]()))
+    stock = pixels(pipe(**BASE | cfg))
+    assert np.array_equal(pixels(search(pipe, budget=1, call=cfg)[0]), stock)
     loaded, load = [], pipe.load_models_to_device
     pipe.load_models_to_device = lambda names: (loaded.append(list(names)), load(names))
-    image, result, seen = search(pipe)
+    image, result, seen = search(pipe, call=cfg)
     dit, vae = list(pipe.in_iteration_models), [pipe.units[-1].decoder]
     assert loaded[-7:] == [dit, vae, dit, vae, dit, vae, []]  # generations of 4 and 2, and the final image
     assert result.trace == plain[1].trace and np.array_equal(pixels(image), pixels(plain[0]))
@@ -423,6 +482,14 @@ def test_flux2_searches_initial_noise_in_its_spatial_layout(pipe):
     found = search(pipe, budget=6, call={"initial_noise": noise})
     again = pipe(**BASE, initial_noise=found[1].latents)
     assert np.array_equal(pixels(again), pixels(found[0]))
+
+
+@pytest.mark.parametrize("family", ["FLUX.2-dev"])
+def test_given_latents_and_an_initial_noise_are_refused_together(pipe, monkeypatch):
+    noise = torch.zeros(1, 128, 4, 4)
+    monkeypatch.setattr(pipe, "unit_runner", None)
+    with pytest.raises(ValueError, match="initial_noise= or SESConfig"):
+        search(pipe, call={"initial_noise": noise}, latents=noise)
 
 
 @pytest.mark.parametrize("family", ["FLUX.2-dev"])

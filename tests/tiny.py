@@ -1,12 +1,18 @@
-"""Tiny pipelines with random weights, built from DiffSynth's own classes with their own forwards."""
+"""Tiny pipelines with random weights, of DiffSynth's own classes with their own forwards, and how tests call them."""
 
+from contextlib import contextmanager
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
 
 mend_torchvision()
 
+from diffsynth.core import AutoWrappedLinear, enable_vram_management  # noqa: E402
 from diffsynth.models.flux2_dit import Flux2DiT  # noqa: E402
 from diffsynth.models.flux2_text_encoder import Flux2TextEncoder  # noqa: E402
 from diffsynth.models.flux2_vae import Flux2VAE  # noqa: E402
@@ -53,7 +59,8 @@ from transformers import (  # noqa: E402
 TEXT_WIDTH = 32
 
 
-def tiny_z_image(dtype: torch.dtype = torch.float32, seed: int = 0) -> ZImagePipeline:
+def tiny_z_image(dtype: torch.dtype = torch.float32, seed: int = 0, siglip: int | None = None) -> ZImagePipeline:
+    """siglip: the width of an edit image's features, for Z-Image-Omni."""
     pipe = ZImagePipeline(device="cpu", torch_dtype=dtype)
     pipe.tokenizer = byte_tokenizer("<{{ messages[0]['content'] }}>")
     pipe.text_encoder = TinyTextEncoder()
@@ -65,10 +72,11 @@ def tiny_z_image(dtype: torch.dtype = torch.float32, seed: int = 0) -> ZImagePip
         n_kv_heads=2,
         cap_feat_dim=TEXT_WIDTH,
         axes_dims=[8, 8, 8],
-        axes_lens=[640, 32, 32],
+        axes_lens=[640, 96, 96],  # up to 1536 pixels
+        siglip_feat_dim=siglip,
     )
     # The real timestep embedder casts its input to bf16, whatever its weights are.
-    pipe.dit.t_embedder.mlp.register_forward_pre_hook(lambda mlp, inputs: (inputs[0].to(mlp[0].weight),))
+    pipe.dit.t_embedder.mlp.register_forward_pre_hook(lambda mlp, inputs: (inputs[0].to(mlp[0].weight.dtype),))
     pipe.vae_decoder, pipe.vae_encoder = TinyVAEDecoder(), TinyVAEEncoder()
     return _finished(pipe, pipe.vae_decoder.conv_out, dtype, seed)
 
@@ -281,3 +289,99 @@ class TinyVAEEncoder(FluxVAEEncoder):
 def brightness(images: Tensor, prompt: str) -> Tensor:
     """A reward that needs no weights: [n]."""
     return images.float().mean(dim=(1, 2, 3))
+
+
+# ---------------------------------------------------------------- how tests call them
+
+MAKE = {
+    "Z-Image": tiny_z_image,
+    "FLUX.1": tiny_flux,
+    "FLUX.2-dev": tiny_flux2,
+    "FLUX.2-klein": lambda *args: tiny_flux2(*args, klein=True),
+    "Qwen-Image": tiny_qwen_image,
+}
+BASE = {"prompt": "a red fox", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3, "cfg_scale": 1.0}
+BASE["progress_bar_cmd"] = lambda steps: steps
+GUIDED = {"cfg_scale": 3.0, "negative_prompt": "blurry and dark"}
+SES = {"enable_ses": True, "ses_reward_model": brightness, "ses_inference_steps": 2}
+QUIET = {"progress": False, "popsize": 4, "k_elites": 2}
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+HALF = Image.fromarray(np.repeat([[0] * 32 + [255] * 32], 64, 0).astype(np.uint8)).convert("RGB")  # a mask: the right
+# Candidates together against one by one: absolute, on images in [-1, 1].
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.15}
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+class Seen:
+    """Collects the previews of a search."""
+
+    def __init__(self) -> None:
+        self.images, self.scores, self.numbers = [], [], []
+
+    def __call__(self, images: Tensor, scores: Tensor, generation: int, first: int) -> None:
+        self.images += list(images)
+        self.scores += scores.tolist()
+        self.numbers.append((generation, first, len(images)))
+
+    @property
+    def winner(self) -> Tensor:  # [1, 3, H, W]
+        return self.images[self.scores.index(max(self.scores))][None]
+
+
+def search(pipe, budget: int = 6, call: dict | None = None, **config):
+    """(image, result, what on_preview saw)"""
+    seen = Seen()
+    config = SESConfig(**QUIET | {"on_preview": seen} | config)
+    image = pipe(**BASE | SES | (call or {}), ses_eval_budget=budget, ses_config=config)
+    return image, pipe.ses_result, seen
+
+
+def close(seen: Seen, others: Seen, dtype: torch.dtype = torch.float32) -> None:
+    a, b = torch.stack(seen.images), torch.stack(others.images)
+    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[dtype])
+    assert (a[0] - a[1]).abs().max() > 0.1  # candidates do differ
+
+
+@contextmanager
+def forward_sizes(pipe):
+    """How many images each forward of the denoiser has from here on, in a list."""
+    block = next(m for m in pipe.dit.modules() if type(m).__name__ in pipe.dit._repeated_blocks)
+    sizes = []
+
+    def note(module, args, kwargs):
+        image = args[0] if args else next(kwargs[name] for name in ("image", "hidden_states", "x") if name in kwargs)
+        sizes.append(len(image))
+
+    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def lora_for(family: str, seed: int = 0) -> dict[str, Tensor]:
+    """A LoRA of rank 4 on one layer, strong enough to be seen."""
+    name, (inputs, outputs) = {
+        "Z-Image": ("layers.0.feed_forward.w1", (48, 128)),
+        "FLUX.2-dev": ("transformer_blocks.0.attn.to_q", (32, 32)),
+        "FLUX.2-klein": ("transformer_blocks.0.attn.to_q", (32, 32)),
+    }[family]
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{name}.lora_{side}.default.weight": torch.randn(*shape, generator=generator)
+        for side, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
+    }
+
+
+def manage_vram(pipe):
+    """As `vram_limit` and offload devices in from_pretrained do, with every device the CPU; returns the pipe."""
+    stages = ("offload", "onload", "preparing", "computation")
+    settings = {f"{stage}_device": "cpu" for stage in stages} | {f"{stage}_dtype": torch.float32 for stage in stages}
+    for name, model in list(pipe.named_children()):
+        setattr(pipe, name, enable_vram_management(model, {nn.Linear: AutoWrappedLinear}, settings))
+    pipe.vram_management_enabled = pipe.check_vram_management_state()
+    assert pipe.vram_management_enabled
+    return pipe
