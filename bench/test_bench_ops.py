@@ -245,6 +245,33 @@ def test_haar(measure, shape, op, way):
     measure(f"{op} {shape}|{way}", call, make, nbytes, check, captured=way in ("torch", "triton"))
 
 
+@pytest.mark.parametrize("way", [FAST, "torch"] if CUDA else ["torch"])
+@pytest.mark.parametrize("shape", LATENTS)
+def test_update_elites(measure, shape, way):
+    popsize, k_elites = 10, 5
+    size = shape[0] * math.prod(-(-n // 2**LEVEL) for n in shape[1:])
+    # The low bands of the generation and of the elites, mean and variance, read once; elites, mean, variance written.
+    nbytes = 4 * size * (popsize + k_elites + 2 + k_elites + 2)
+
+    def make():
+        scores = torch.randn(popsize + k_elites, device=DEVICE, dtype=torch.float64)
+        elites = scores[popsize:].sort(descending=True).values
+        low, elite_low, mean, variance = (noise(*n, size) for n in ((popsize,), (k_elites,), (), ()))
+        return low, scores[:popsize], elite_low, elites, mean, variance.abs()
+
+    def check(found, *given):
+        # By Python's own stable sort.
+        low, scores, elite_low, elite_scores, *_ = (each.cpu() for each in given)
+        pool = torch.cat([elite_low, low])
+        order = sorted(range(len(pool)), key=lambda i: -torch.cat([elite_scores, scores])[i])[:k_elites]
+        for ours, theirs in zip(found[:4], (pool[order], None, pool[order].mean(0), pool[order].var(0)), strict=True):
+            if theirs is not None:
+                same(ours.cpu(), theirs, "elites")
+
+    call = partial(ops.update_elites, k_elites=k_elites, backend=way)
+    measure(f"update_elites P={popsize} k={k_elites} {shape}|{way}", call, make, nbytes, check)
+
+
 @pytest.mark.parametrize("way", [FAST, "torch", "pil"] if CUDA else ["torch", "pil"])
 @pytest.mark.parametrize("batch", [1, 10])
 @pytest.mark.parametrize("size", [1024, 1328])

@@ -57,8 +57,8 @@ def population_kernel(
 
     r = i_r * R + tl.arange(0, R)  # [R]
     c = ((i_x * (C * X)) >> LEVEL) + tl.arange(0, C)  # [C]
-    # The pixels of R rows are one axis: the compiler may order three axes so that a thread draws once for each row
-    # of pixels (Triton 3.6 does, 3.7 does not), but with two it has no choice.
+    # R, C and X are one axis: given all four, the compiler chooses their order, and in Triton 3.6 a thread then draws
+    # once for each of its rows of pixels.
     i_l = tl.arange(0, R * C * X)
     r_l = i_r * R + i_l // (C * X)  # [R C X]
     x = i_x * (C * X) + i_l % (C * X)  # [R C X]

@@ -31,6 +31,7 @@ from ses_fast.reference import (
 )
 
 SPAN = 128  # samples of a row (rows of a column) in one step: with 8 warps, 64 a thread
+REDUCTION = 31  # at most: 125 taps, and 255 times as many low limbs, of at most 2^7 each, are below 2^22
 ALIGN = 8  # tiles start at multiples of this, so that 16 bytes of bf16 are one load
 BITS = tl.constexpr(PIL_BITS)
 NAN = tl.constexpr(tl.PropagateNan.ALL)  # a broken picture must not pass for a black one
@@ -89,14 +90,17 @@ def resize_normalize_kernel(
     stride_c,
     stride_y,
     stride_x,
-    height,
     width,
+    left,  # what the crop sees: columns left ... right - 1, rows up to bottom - 1
+    right,
+    bottom,
     size,
     tiles_x,
     tiles_y,
     tile_x,  # the outputs of a tile, at most X
     tile_y,
     WHOLE: tl.constexpr,  # Pillow's whole numbers ("crop"), or fractions ("pad")
+    CUT: tl.constexpr,  # it does not see all columns
     ALIGN: tl.constexpr,  # so that the compiler knows what a tile's first column is a multiple of
     SHIFT_X: tl.constexpr,  # the bits of a low limb: scaling by 2^SHIFT is then a constant; and so the next
     SHIFT_Y: tl.constexpr,
@@ -126,8 +130,10 @@ def resize_normalize_kernel(
         row_low = tl.zeros([SPAN_Y, X], tl.float32)
         for k in range(STEPS_X):
             x = start_x + k * SPAN_X + r_span_x  # [SPAN_X]
-            m = (y < height)[:, None] & (x < width)[None, :]
+            m = (y < bottom)[:, None] & (x < width)[None, :]
             b_image = tl.load(p_y + (x.to(tl.int64) * stride_x)[None, :], m, other=0.0)  # [SPAN_Y, SPAN_X]
+            if CUT:  # a NaN outside would pass a weight of 0; in the mask of the load it would make that narrow
+                b_image = tl.where(((x >= left) & (x < right))[None, :], b_image, 0.0)
             p_across = across + o_across + (k * SPAN_X + r_span_x)[:, None] * X + r_x[None, :]
             w_high, w_low = tl.load(p_across), tl.load(p_across + STEPS_X * SPAN_X * X)  # [SPAN_X, X]
             b_grey = quantised(b_image)
@@ -173,7 +179,14 @@ class Axis(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _axis(resize: Resize, rule: str, align: int, transposed: bool, device: torch.device) -> Axis:
+def _axis(
+    resize: Resize,
+    rule: str,
+    align: int,
+    transposed: bool,
+    device: torch.device,
+    several: int = SPAN,  # the span where one step is not enough
+) -> Axis:
     """The weights of a pass, made on the host the first time a size is seen (a captured graph needs that before)."""
     starts, weights = _filter(resize, rule)  # [length], [length, taps]
     length, taps = weights.shape
@@ -192,6 +205,7 @@ def _axis(resize: Resize, rule: str, align: int, transposed: bool, device: torch
     base, reach = cut(tile)
     side = 16 if tile <= 16 else 32
     span = min(SPAN, max(16, triton.next_power_of_2(reach)))
+    span = span if reach <= span else several
     steps = max(1, math.ceil(reach / span))
 
     # The high limb of a weight w (in 2^-22) has 11 bits, and its sums must stay below 2^24: with 8-bit greys, or with
@@ -199,8 +213,8 @@ def _axis(resize: Resize, rule: str, align: int, transposed: bool, device: torch
     shift = max(9 if rule == "pad" else 8, math.ceil(math.log2(float(weights.abs().max()))) - 11)
     high = (weights / 2**shift).round()
     low = weights - high * 2**shift
-    if rule == "crop" and 255 * max(high.abs().sum(1).max(), 2 * low.abs().sum(1).max()) >= 2**23 - 2**17:
-        raise ValueError(f"{resize.source} to {resize.target} pixels is beyond the kernel; use backend='torch'")
+    # `unfit` saw to it.
+    assert rule == "pad" or 255 * max(high.abs().sum(1).max(), 2 * low.abs().sum(1).max()) < 2**23 - 2**17
     output = torch.arange(length, device="cpu")[:, None].expand(length, taps)
     at = samples - base[output // tile]
     limbs = torch.zeros(len(base), 2, steps * span, side, dtype=torch.float16, device="cpu")
@@ -221,7 +235,7 @@ def _filter(resize: Resize, rule: str) -> tuple[Tensor, Tensor]:
     taps = integers.shape[1]
     starts = torch.tensor(first_samples, device="cpu")
     # Its weights are rounded on the way: asked of itself, by unit impulses a window apart.
-    impulses = torch.eye(taps, device="cpu").repeat(1, -(-source // taps))[:, None, None, :source]
+    impulses = torch.eye(taps, dtype=torch.float32, device="cpu").repeat(1, -(-source // taps))[:, None, None, :source]
     answers = F.interpolate(impulses, (1, target), mode="bicubic", antialias=True)[:, 0, 0]  # [taps, target]
     weights = answers.double().T.gather(1, (starts[:, None] + torch.arange(taps, device="cpu")) % taps) * 2**PIL_BITS
     # The outputs before 0 and from `target` on are padding.
@@ -230,6 +244,14 @@ def _filter(resize: Resize, rule: str) -> tuple[Tensor, Tensor]:
     padded_weights = torch.zeros(length, taps, dtype=torch.float64, device="cpu")
     padded_starts[inside], padded_weights[inside] = starts, weights
     return padded_starts, padded_weights
+
+
+def unfit(height: int, width: int, rule: str, size: int) -> str | None:
+    """Why the kernel cannot make this size of this picture, or None where it can."""
+    short, long = min(height, width), max(height, width)
+    if rule == "crop" and (short > REDUCTION * size or long > REDUCTION * (size * long // short)):
+        return f"the kernel reduces at most {REDUCTION} times, and this is {height}x{width} to {size} pixels"
+    return None
 
 
 def resize_normalize(
@@ -243,6 +265,9 @@ def resize_normalize(
     centre: str = "floor",
 ) -> Tensor:
     check_images(images, rule, size, mean, std, centre)
+    height, width = images.shape[-2:]
+    if reason := unfit(height, width, rule, size):
+        raise ValueError(reason)
     call = _op if torch.compiler.is_compiling() else _resize
     return call(images, rule, size, list(mean), list(std), dtype or images.dtype, centre)
 
@@ -274,7 +299,11 @@ def _resize(
     height, width = images.shape[-2:]
     resizes = crop_resizes(height, width, size, centre) if rule == "crop" else pad_resizes(height, width, size)
     down = _axis(resizes[0], rule, 1, True, images.device)
-    across = _axis(resizes[1], rule, ALIGN, False, images.device)
+    # The steps are pipelined, and in fp32 the buffers of whole spans would not fit GPUs of 99 KB of shared memory.
+    full = images.element_size() == 4
+    across = _axis(resizes[1], rule, ALIGN, False, images.device, SPAN // 2 if full else SPAN)
+    # No tile reads a row before the first that the crop sees.
+    (_, bottom), (left, right) = (each.window() for each in resizes) if rule == "crop" else ((0, height), (0, width))
     grid = (len(images) * 3 * len(down.starts) * len(across.starts),)
     resize_normalize_kernel[grid](
         images.detach(),
@@ -286,14 +315,17 @@ def _resize(
         tuple(1 / (255 * s) for s in std),
         tuple(-m / s for m, s in zip(mean, std, strict=True)),
         *images.stride(),
-        height,
         width,
+        left,
+        right,
+        bottom,
         size,
         len(across.starts),
         len(down.starts),
         across.tile,
         down.tile,
         WHOLE=rule == "crop",
+        CUT=right - left < width,
         ALIGN=ALIGN,
         SHIFT_X=across.shift,
         SHIFT_Y=down.shift,
@@ -304,6 +336,7 @@ def _resize(
         STEPS_X=across.steps,
         STEPS_Y=down.steps,
         num_warps=8 if across.span * down.span > 64 * SPAN else 4,
+        num_stages=2 if full else 3,
     )
     return out
 

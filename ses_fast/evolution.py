@@ -9,6 +9,7 @@ State in, state out; nothing here calls an objective:
     latents, number, score = leader(state)
 """
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import spectral
+from . import ops, spectral
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STATE_FORMAT = 1  # raised when an old state_dict would no longer continue bit for bit
@@ -235,12 +236,26 @@ def start(
 
 
 @torch.no_grad()
-def ask(state: SearchState, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def ask(
+    state: SearchState,
+    *,
+    seed: ops.Seed | None = None,
+    generation: ops.Seed | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """The current generation: (candidates [P, ..., H, W] in the base's dtype, lowest bands [P, D] fp32).
 
     low = mean + sqrt(max(variance, 1e-9)) * eps takes the place of the base's. A second call gives the same.
     It is always the whole generation, so that no candidate depends on how many are wanted.
+
+    seed, generation: instead of the state's; for CUDA graphs, as 0-d int64 tensors on the base's device, which
+    can change between two replays where the state's are numbers. Raises ValueError with a generator, whose
+    draws are made on the host; RuntimeError where `backend` cannot run this, or the `tell` that follows.
     """
+    if state.drawn is not None and (seed is not None or generation is not None):
+        raise ValueError("the state draws from a generator: leave out seed= and generation=")
+    ops.check_update_elites(state.mean, state.config.popsize, state.config.k_elites, backend=backend)
+    number = state.generation if generation is None else generation
     candidates, low = spectral.sample_population(
         state.residual,
         state.mean,
@@ -248,13 +263,16 @@ def ask(state: SearchState, *, backend: str | None = None) -> tuple[Tensor, Tens
         state.config.wavelet_name,
         state.config.dwt_level,
         popsize=state.config.popsize,
-        seed=state.seed,
-        generation=state.generation,
+        seed=state.seed if seed is None else seed,
+        generation=number,
         draws=None if state.drawn is None else state.drawn(state.generation).to(state.base.device),
         dtype=state.base.dtype,
         backend=backend,
     )
-    if state.include_base and state.generation == 0:
+    if state.include_base and isinstance(number, Tensor):  # only the device knows which generation it is
+        candidates[0] = state.base[0].where(number == 0, candidates[0])
+        low[0] = state.base_low.flatten().where(number == 0, low[0])
+    elif state.include_base and number == 0:
         candidates[0], low[0] = state.base[0], state.base_low.flatten()
     return candidates, low
 
@@ -264,43 +282,44 @@ def tell(
     state: SearchState,
     low: Tensor,  # [P, D] from `ask`
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
+    *,
+    backend: str | None = None,
 ) -> SearchState:
     """The state with n more scores. They wait until their generation is complete, which moves the mean.
 
     A score that is not finite becomes minus infinity. Does not wait for the device. Raises ValueError for
-    scores of another shape, and for more than there are candidates left.
+    scores of another shape, and for more than there are candidates left. `backend`: of `ops.update_elites`.
     """
     left = state.config.popsize - state.index
     if scores.ndim != 1 or not 1 <= scores.numel() <= left:
         raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
-    # A copy: the objective may use its tensor again.
-    waiting = (*state.waiting, scores.to(state.mean.device, torch.float64, copy=True))
     evaluations = state.evaluations + scores.numel()
     if scores.numel() < left:
+        # A copy: the objective may use its tensor again.
+        waiting = (*state.waiting, scores.to(state.mean.device, torch.float64, copy=True))
         return replace(state, waiting=waiting, evaluations=evaluations)
 
-    # The k best of everything seen so far, in a stable order: earlier wins ties.
-    pool_low = torch.cat([state.elite_low, low])  # [K + P, D]
-    told = _finite(torch.cat(waiting))  # [P]
-    pool_scores = torch.cat([state.elite_scores, told])  # [K + P]
-    best = pool_scores.sort(descending=True, stable=True).indices[: state.config.k_elites]
-    elite_low, elite_scores = pool_low[best], pool_scores[best]
-
-    # Their mean, and their unbiased variance + 1e-7. Only the device knows how many are finite: empty places
-    # weigh nothing. With a single elite the variance stays, with none the mean does too.
-    weight = (elite_scores > -torch.inf)[:, None]  # [K, 1]
-    count = weight.sum()
-    mean = (weight * elite_low).sum(0) / count
-    variance = (weight * (elite_low - mean).square()).sum(0) / (count - 1) + 1e-7
+    if state.waiting:
+        scores = torch.cat([*state.waiting, scores.to(state.mean.device, torch.float64)])
+    elites = ops.update_elites(
+        low,
+        scores.to(state.mean.device),
+        state.elite_low,
+        state.elite_scores,
+        state.mean,
+        state.variance,
+        k_elites=state.config.k_elites,
+        backend=backend,
+    )
     return replace(
         state,
-        told=(*state.told, told),
+        told=(*state.told, elites.told),
         waiting=(),
         evaluations=evaluations,
-        elite_low=elite_low,
-        elite_scores=elite_scores,
-        mean=mean.where(count > 0, state.mean),
-        variance=variance.where(count > 1, state.variance),
+        elite_low=elites.low,
+        elite_scores=elites.scores,
+        mean=elites.mean,
+        variance=elites.variance,
     )
 
 
@@ -361,7 +380,8 @@ def check_base(base: Tensor) -> None:
         raise ValueError(f"base_latents must be one base (1, ..., H, W), not empty; got {shape}: search one by one")
     if base.dtype not in DTYPES:
         raise ValueError(f"base_latents must be float16, bfloat16, float32 or float64; convert it from {base.dtype}")
-    if not torch.stack(base.aminmax()).isfinite().all():  # a quarter of the time of base.isfinite().all()
+    # NaN passes through both: a quarter of the time of base.isfinite().all(), and one copy from the device.
+    if not all(map(math.isfinite, torch.stack(base.aminmax()).tolist())):
         raise ValueError("base_latents has values that are not finite: check how the noise was made")
 
 

@@ -208,11 +208,12 @@ def evolve(
             if members:
                 each = ({name: float(one[i]) for name, one in members.items()} for i in range(n))
                 raw.update(enumerate(each, start=evaluations))
-            waiting.append(_scores(scores, n, state))
             evaluations += n
+            told = index + n == popsize or evaluations == budget or time_limit is not None
+            waiting.append(_scores(scores, n, state, copy=not told))
             bar.update(n)
-            if index + n == popsize or evaluations == budget or time_limit is not None:
-                state, waiting = tell(state, low, torch.cat(waiting)), []
+            if told:
+                state, waiting = tell(state, low, _joined(waiting), backend=backend), []
             lap("tell")
             if index + n == popsize:
                 candidates = batch = None  # the next generation may have their memory
@@ -287,8 +288,11 @@ def _continued(
     return state
 
 
-def _scores(value: Any, n: int, state: SearchState) -> Tensor:
-    """What the objective returned for n candidates: [n] fp64 on the state's device, which is not waited for."""
+def _scores(value: Any, n: int, state: SearchState, *, copy: bool) -> Tensor:
+    """What the objective returned for n candidates: [n] on the state's device, which is not waited for.
+
+    copy: of a tensor, in fp64, for the objective may use its own again before the state is told.
+    """
     scores = value
     if not isinstance(value, Tensor):
         # The second, an abstract class, is slow to ask; the third is a NumPy array of no dimensions.
@@ -309,8 +313,12 @@ def _scores(value: Any, n: int, state: SearchState) -> Tensor:
         raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
     if scores is not value:
         return scores
-    # A copy: the objective may use its tensor again.
-    return scores.detach().reshape(n).to(state.mean.device, torch.float64, copy=True)
+    scores = scores.detach().reshape(n)
+    return scores.to(state.mean.device, torch.float64, copy=True) if copy else scores.to(state.mean.device)
+
+
+def _joined(waiting: list[Tensor]) -> Tensor:  # [n] of [n1], [n2], ...
+    return waiting[0] if len(waiting) == 1 else torch.cat(waiting)
 
 
 def _result(
@@ -373,7 +381,7 @@ def _attach(
     """Puts the result so far at error.ses_result. Where that fails too (a lost device), the error says so."""
     try:
         if waiting and low is not None:
-            state = tell(state, low, torch.cat(waiting))
+            state = tell(state, low, _joined(waiting), backend=backend)
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend, raw))
     except Exception as failed:

@@ -1,8 +1,8 @@
 """The ops, public. The only file that chooses a backend; what each op does is written in `reference.py`.
 
 "torch" is `reference.py`, on any device. "triton" is `ses_fast.kernels`, on CUDA. "auto" takes Triton only
-where every tensor is on one CUDA device and none is fp64. A backend asked for by name runs or raises
-RuntimeError.
+where every tensor is on one CUDA device, none is fp64 and the kernel's sizes suffice. A backend asked for by
+name runs or raises RuntimeError.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import CLIP_MEAN, CLIP_STD, Seed
+from .reference import CLIP_MEAN, CLIP_STD, Elites, Seed, check_images
 
 BACKENDS = ("auto", "triton", "torch")
 F = TypeVar("F", bound=Callable)
@@ -46,7 +46,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
         return "torch finds no CUDA device"
     if torch.compiler.is_compiling():  # it cannot look for modules; the import itself will say what is missing
         return None
-    return next(filter(None, map(_missing, ("haar", "population", "preprocess"))), None)
+    return next(filter(None, map(_missing, ("haar", "population", "elites", "preprocess"))), None)
 
 
 @lru_cache
@@ -58,14 +58,20 @@ def _missing(kernel: str) -> str | None:
     return None
 
 
-def _module(kernel: str, backend: str | None, *tensors: Tensor | None) -> Any:
-    """The module whose function of the op's name is to be called."""
+def _module(kernel: str, backend: str | None, *tensors: Tensor | None, sizes: tuple | None = None) -> Any:
+    """The module whose function of the op's name is to be called.
+
+    sizes: the arguments of the kernel's `unfit`, where it has one. They are Python numbers: no device is waited for.
+    """
     name = _known(_backend if backend is None else backend)
     if name == "torch":
         return reference
     reason = why_not_triton(*(tensor for tensor in tensors if tensor is not None))
     if reason is None:
-        return _kernels(kernel)
+        module = _kernels(kernel)
+        reason = None if sizes is None else module.unfit(*sizes)
+        if reason is None:
+            return module
     if name == "triton":
         raise RuntimeError(f'backend="triton" cannot run here: {reason}. backend="auto" would take torch')
     return reference
@@ -77,6 +83,8 @@ def _kernels(name: str) -> Any:
         from .kernels import haar as module
     elif name == "population":
         from .kernels import population as module
+    elif name == "elites":
+        from .kernels import elites as module
     else:
         from .kernels import preprocess as module
     return module
@@ -172,6 +180,34 @@ def sample_population(
 
 
 @_op
+def update_elites(
+    low: Tensor,  # [P, D] fp32
+    scores: Tensor,  # [P], any real dtype
+    elite_low: Tensor,  # [K, D] fp32, the best first, K <= k_elites
+    elite_scores: Tensor,  # [K] fp64
+    mean: Tensor,  # [D] fp32
+    variance: Tensor,  # [D] fp32
+    *,
+    k_elites: int,
+    backend: str | None = None,
+) -> Elites:
+    # The scores are compared as fp64, in the kernel too.
+    module = _module("elites", backend, low, elite_low, mean, variance, sizes=(len(scores), k_elites))
+    return module.update_elites(low, scores, elite_low, elite_scores, mean, variance, k_elites=k_elites)
+
+
+def check_update_elites(
+    mean: Tensor,  # [D]
+    popsize: int,
+    k_elites: int,
+    *,
+    backend: str | None = None,
+) -> None:
+    """RuntimeError where `update_elites` would raise it: to be asked before the scores of a generation are paid for."""
+    _module("elites", backend, mean, sizes=(popsize, k_elites))
+
+
+@_op
 def resize_normalize(
     images: Tensor,  # [n, 3, H, W] in [-1, 1], any floating dtype
     rule: str = "crop",
@@ -183,6 +219,8 @@ def resize_normalize(
     centre: str = "floor",
     backend: str | None = None,
 ) -> Tensor:
-    return _module("preprocess", backend, images).resize_normalize(
+    check_images(images, rule, size, mean, std, centre)  # before the kernel's limits are asked about them
+    sizes = (*images.shape[-2:], rule, size)
+    return _module("preprocess", backend, images, sizes=sizes).resize_normalize(
         images, rule, size=size, mean=mean, std=std, dtype=dtype, centre=centre
     )

@@ -236,6 +236,52 @@ def sample_population(
     return _merged(residual, low.view(popsize, *low_shape), level, lead, dtype or residual.dtype), low
 
 
+# ---------------------------------------------------------------- elites
+
+
+class Elites(NamedTuple):
+    """What `update_elites` gives."""
+
+    low: Tensor  # [K, D] fp32, the best first
+    scores: Tensor  # [K] fp64; minus infinity marks an empty place, which weighs nothing
+    mean: Tensor  # [D] fp32
+    variance: Tensor  # [D] fp32
+    told: Tensor  # [P] fp64, the generation's scores, minus infinity if not finite
+
+
+def update_elites(
+    low: Tensor,  # [P, D] fp32
+    scores: Tensor,  # [P], any real dtype
+    elite_low: Tensor,  # [K, D] fp32, the best first, K <= k_elites
+    elite_scores: Tensor,  # [K] fp64
+    mean: Tensor,  # [D] fp32
+    variance: Tensor,  # [D] fp32
+    *,
+    k_elites: int,
+) -> Elites:
+    """The k_elites best of the elites so far and a generation; their mean, and their unbiased variance + 1e-7.
+
+    The order is stable: earlier wins ties. A score that is not finite becomes minus infinity and weighs nothing.
+    With a single elite the variance stays, with none the mean does too. Nothing waits for the device. Raises
+    ValueError for wrong shapes, dtypes or devices.
+    """
+    check_elites(low, scores, elite_low, elite_scores, mean, variance, k_elites)
+    told = scores.detach().double().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    pool_low = torch.cat([elite_low, low])  # [K + P, D]
+    pool_scores = torch.cat([elite_scores, told])  # [K + P]
+    best = pool_scores.sort(descending=True, stable=True).indices[:k_elites]
+    elite_low, elite_scores = pool_low[best], pool_scores[best]
+
+    # Only the device knows how many are finite.
+    weight = (elite_scores > -math.inf)[:, None]  # [K, 1]
+    count = weight.sum()
+    new_mean = (weight * elite_low).sum(0) / count
+    new_variance = (weight * (elite_low - new_mean).square()).sum(0) / (count - 1) + 1e-7
+    return Elites(
+        elite_low, elite_scores, new_mean.where(count > 0, mean), new_variance.where(count > 1, variance), told
+    )
+
+
 # ---------------------------------------------------------------- images for a reward
 
 
@@ -289,8 +335,14 @@ def _resize_normalize(
         rows, columns = pad_resizes(height, width, size)
         x = F.interpolate(_quantised(images) / 255, (rows.target, columns.target), mode="bicubic", antialias=True)
         x = F.pad(x, (*columns.margins(), *rows.margins()))
-    shift, spread = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    shift, spread = (_channels(tuple(values), x.device) for values in (mean, std))
     return ((x - shift) / spread).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:  # [3, 1, 1]
+    """A number for each channel, copied to the device once: a copy waits for it, and no captured graph takes one."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 # An operator to torch.compile: the filters are made from the pictures' size, by tensors that are read on the host.
@@ -568,6 +620,37 @@ def _check_word(name: str, value: Seed | None, low: int, high: int, device: torc
             )
     elif not isinstance(value, int) or not low <= value < high:
         raise ValueError(f"{name} must be an int in [{low}, {high}), got {value!r}")
+
+
+def check_elites(
+    low: Tensor,  # [P, D]
+    scores: Tensor,  # [P]
+    elite_low: Tensor,  # [K, D]
+    elite_scores: Tensor,  # [K]
+    mean: Tensor,  # [D]
+    variance: Tensor,  # [D]
+    k_elites: int,
+) -> None:
+    """ValueError for what `update_elites` does not take."""
+    if not isinstance(k_elites, int) or k_elites < 1:
+        raise ValueError(f"k_elites must be an int, 1 or more, got {k_elites!r}")
+    before, popsize, size = len(elite_scores), len(scores), mean.numel()
+    if before > k_elites or popsize < 1 or scores.is_complex():
+        raise ValueError(
+            f"expected at most {k_elites} elites and some real scores, got {before}, {popsize} {scores.dtype}"
+        )
+    tensors: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+        "low": (low, (popsize, size), torch.float32),
+        "scores": (scores, (popsize,), scores.dtype),
+        "elite_low": (elite_low, (before, size), torch.float32),
+        "elite_scores": (elite_scores, (before,), torch.float64),
+        "mean": (mean, (size,), torch.float32),
+        "variance": (variance, (size,), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in tensors.items():
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != mean.device:
+            got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be {dtype} {shape} on {mean.device}, got {got}")
 
 
 def check_images(

@@ -27,10 +27,12 @@ def haar() -> dict[str, Callable]:
 
     even, odd = torch.zeros(50, 16, 128, 128), torch.zeros(16, 167, 93, dtype=torch.bfloat16)
     bands, odd_bands = haar.haar_dwt2(even, 4), haar.haar_dwt2(odd, 6)
+    half_bands = [odd_bands[0].bfloat16(), *(tuple(band.bfloat16() for band in triple) for triple in odd_bands[1:])]
     return {
         "dwt2 16x128x128 level 4": lambda: haar.haar_dwt2(even, 4),
         "dwt2 16x167x93 bf16 level 6": lambda: haar.haar_dwt2(odd, 6),
         "idwt2 16x128x128 level 4": lambda: haar.haar_idwt2(bands, (128, 128)),
+        "idwt2 16x167x93 bf16 level 6": lambda: haar.haar_idwt2(half_bands, (167, 93)),
         "idwt2 16x167x93 level 6": lambda: haar.haar_idwt2(odd_bands, (167, 93)),
         "split 16x128x128 bf16 level 4": lambda: haar.split_low_band(even[0].bfloat16(), 4),
         "split 16x167x93 bf16 level 6": lambda: haar.split_low_band(odd, 6),
@@ -45,19 +47,44 @@ def population() -> dict[str, Callable]:
         residual, mean = torch.zeros(1, *shape), torch.zeros(size)
         if "draws" in noise:
             noise["draws"] = torch.zeros(popsize, size)
-        return lambda: population.sample_population(
-            residual, mean, mean, level, popsize=popsize, dtype=dtype, **noise
-        )
+        return lambda: population.sample_population(residual, mean, mean, level, popsize=popsize, dtype=dtype, **noise)
 
     seed = {"seed": torch.tensor(3), "generation": torch.tensor(0)}
+    full = {"dtype": torch.float32, "seed": 2**40}  # as most seeds are: 64 bits
     return {
         "16x128x128 level 4, P=50": ask((16, 128, 128), 4, 50, seed=3),
         "16x128x128 level 4, P=10, seed on device": ask((16, 128, 128), 4, 10, **seed),
         "16x166x166 level 4, P=50": ask((16, 166, 166), 4, 50, seed=3),
         "16x167x93 level 4, P=10": ask((16, 167, 93), 4, 10, seed=3),
         "128x64x64 level 4, P=50": ask((128, 64, 64), 4, 50, seed=3),
+        "16x128x128 level 4, P=50, fp32, seed of 64 bits": ask((16, 128, 128), 4, 50, **full),
+        "16x166x166 level 4, P=50, fp32, seed of 64 bits": ask((16, 166, 166), 4, 50, **full),
+        "128x64x64 level 4, P=10, fp32, seed of 64 bits": ask((128, 64, 64), 4, 10, **full),
+        "16x128x128 level 4, P=50, seed of 64 bits": ask((16, 128, 128), 4, 50, seed=2**40),
+        "16x128x128 level 0, P=10, fp32, seed of 64 bits": ask((16, 128, 128), 0, 10, **full),
         "16x128x128 level 0, P=10": ask((16, 128, 128), 0, 10, seed=3),
         "16x128x128 level 4, P=10, draws": ask((16, 128, 128), 4, 10, draws=True),
+    }
+
+
+def elites() -> dict[str, Callable]:
+    from ses_fast.kernels import elites
+
+    def tell(popsize: int, k_elites: int, size: int, dtype=torch.float32, before: bool = True) -> Callable:
+        best = k_elites if before else 0
+        state = torch.zeros(best, size), torch.zeros(best, dtype=torch.float64), torch.zeros(size), torch.ones(size)
+        low, scores = torch.zeros(popsize, size), torch.zeros(popsize, dtype=dtype)
+        return lambda: elites.update_elites(low, scores, *state, k_elites=k_elites)
+
+    return {
+        "P=10, k=5, 16x8x8, the first generation": tell(10, 5, 1024, before=False),
+        "P=10, k=5, 16x8x8": tell(10, 5, 1024),
+        "P=10, k=5, 16x11x11, fp64 scores": tell(10, 5, 1936, torch.float64),
+        "P=50, k=10, 16x21x6x10, bf16 scores": tell(50, 10, 20160, torch.bfloat16),
+        "P=10, k=1, 77": tell(10, 1, 77),
+        "P=64, k=64, 16x8x8": tell(64, 64, 1024),
+        "P=120, k=8, 16x8x8": tell(120, 8, 1024),
+        "P=1, k=127, 16x8x8": tell(1, 127, 1024),
     }
 
 
@@ -72,11 +99,15 @@ def preprocess() -> dict[str, Callable]:
         "crop 1024x1024 bf16": resize(1024, 1024, torch.bfloat16),
         "crop 1328x1328 bf16": resize(1328, 1328, torch.bfloat16),
         "crop 1024x1024 fp32": resize(1024, 1024, torch.float32),
+        "crop 2048x2048 fp32": resize(2048, 2048, torch.float32),
+        "crop 4096x4096 fp32": resize(4096, 4096, torch.float32),
+        "crop 928x1664 bf16": resize(928, 1664, torch.bfloat16),
         "crop 999x1001 fp16": resize(999, 1001, torch.float16),
         "crop 4096x4096 bf16": resize(4096, 4096, torch.bfloat16),
         "crop 130x100 bf16": resize(130, 100, torch.bfloat16),
         "pad 1024x1024 bf16": resize(1024, 1024, torch.bfloat16, "pad"),
         "pad 1328x1328 bf16": resize(1328, 1328, torch.bfloat16, "pad"),
+        "pad 4096x4096 fp32": resize(4096, 4096, torch.float32, "pad"),
         "pad 928x1664 fp32": resize(928, 1664, torch.float32, "pad"),
         "pad 130x100 fp16": resize(130, 100, torch.float16, "pad"),
     }

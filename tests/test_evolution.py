@@ -8,6 +8,7 @@ import torch
 
 from ses_fast import ops
 from ses_fast.evolution import EvolutionConfig, SearchState, ask, leader, start, tell
+from ses_fast.loop import evolve
 from ses_fast.reference import philox_normal
 
 TOLERANCE = {torch.float32: dict(atol=2e-6, rtol=0), torch.float64: dict(atol=1e-6, rtol=0)}
@@ -128,6 +129,44 @@ def test_tell_keeps_its_own_copy_of_the_scores() -> None:
     assert state.history == [1]
 
 
+def test_the_elites_are_updated_by_the_backend_that_is_asked_for() -> None:
+    with pytest.raises(RuntimeError, match='"triton" cannot run here'):
+        tell(two_numbers(), LOW, torch.tensor([1.0, 2.0, 3.0]), backend="triton")
+
+
+def test_ask_raises_where_tell_would(monkeypatch) -> None:
+    """Before a generation is scored that no kernel could rank."""
+    pytest.importorskip("triton")
+    state = start(base(2, 2, 2), EvolutionConfig(popsize=120, k_elites=9, dwt_level=1), seed=0)
+    monkeypatch.setattr(ops, "why_not_triton", lambda *tensors: None)
+    with pytest.raises(RuntimeError, match="at most 128 scores"):
+        ask(state, backend="triton")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_an_objective_may_use_its_tensor_again(batch_size: int) -> None:
+    scores, numbers = torch.zeros(3), iter(range(9))
+
+    def objective(candidates: torch.Tensor) -> torch.Tensor:
+        for i in range(len(candidates)):
+            scores[i] = next(numbers)
+        return scores[: len(candidates)]
+
+    result = evolve(base(2, 2, 2), objective, 8, 3, 2, "db1", 1, seed=0, batch_size=batch_size, progress=False)
+    assert [each.score for each in result.trace] == list(range(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
+def test_scores_are_kept_as_doubles(dtype: torch.dtype) -> None:
+    scores = torch.tensor([0, 1, 1]).to(dtype)
+    for pieces in ([3], [1, 2]):
+        state = two_numbers()
+        for piece in scores.split(pieces):
+            state = tell(state, LOW, piece)
+        assert state.scores.dtype == torch.float64 and state.history == [0, 1, 1]
+        assert state.elite_low.tolist() == [[3, 4], [5, 8]]
+
+
 def test_doubles_are_compared_as_doubles() -> None:
     state = tell(two_numbers(), LOW, torch.tensor([1.0, 1.0 + 1e-12, 1.0 - 1e-12], dtype=torch.float64))
     assert state.elite_low.tolist() == [[3, 4], [1, 0]]  # as the reference compares Python floats
@@ -179,6 +218,27 @@ def test_ask_twice_gives_the_same(source: str) -> None:
         part = tell(state, low, torch.tensor([1.0]))
         assert torch.equal(ask(part)[0], again)  # nor does a waiting score change it
         state = tell(state, low, torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+def test_ask_takes_seed_and_generation_from_the_device(include_base: bool) -> None:
+    """As a captured graph does: the state's own numbers are then not looked at."""
+    config = EvolutionConfig(popsize=3, dwt_level=2)
+    state, other = (start(base(4, 16, 16), config, seed=seed, include_base=include_base) for seed in (2**40 + 3, 7))
+    seed = torch.tensor(2**40 + 3)
+    for number in range(3):
+        want = ask(replace(state, evaluations=3 * number))
+        for generation in (number, torch.tensor(number)):
+            got = ask(other, seed=seed, generation=generation)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.equal(ask(other, seed=seed)[0], ask(state)[0])
+
+
+def test_ask_refuses_a_seed_beside_a_generator() -> None:
+    state = start(base(4, 16, 16), SMALL, generator=torch.Generator())
+    for numbers in (dict(seed=1), dict(generation=torch.tensor(1))):
+        with pytest.raises(ValueError, match="draws from a generator"):
+            ask(state, **numbers)
 
 
 def test_a_generator_draws_once_a_generation_and_no_more() -> None:

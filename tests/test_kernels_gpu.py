@@ -1,12 +1,15 @@
-"""The Triton kernels on a GPU: `pytest -m gpu --require-gpu`. Outputs start as NaN, and every call asks for
-`backend="triton"` by name. Truth is reference.py on the same device.
+"""The Triton kernels on a GPU: `pytest tests/test_kernels_gpu.py --require-gpu`. Outputs start as NaN, and every call
+asks for `backend="triton"` by name. Truth is reference.py on the same device.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ses_fast import ops, reference
 from ses_fast.evolution import EvolutionConfig, ask, start, tell
+from ses_fast.loop import evolve
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +80,10 @@ def test_haar(shape, level, dtype):
     torch.testing.assert_close(residual, want_residual.float(), **close)
     merged = ops.merge_low_band(residual, low, level, dtype=dtype, backend="triton")
     torch.testing.assert_close(merged, x, **TOLERANCE[dtype])
+    rounded = [coeffs[0].to(dtype), *(tuple(band.to(dtype) for band in triple) for triple in coeffs[1:])]
+    got = ops.haar_idwt2(rounded, shape[-2:], backend="triton")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, reference.haar_idwt2(rounded, shape[-2:]), **close)
 
 
 @IGNORE_LEVEL
@@ -106,11 +113,14 @@ def test_population(shape, level, popsize, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_to_the_nearest(dtype):
-    """Every fp32 halfway point between neighbours, and one step to each side of it."""
-    steps = torch.arange(1, 2**15, 7, device="cuda", dtype=torch.int16).view(dtype).float()
-    steps = steps[steps.isfinite() & (steps > 2.0**-10) & (steps < 2.0**10)]
-    half = steps * (1 + torch.finfo(dtype).eps / 2)
-    x = torch.cat([half, half.nextafter(steps), half.nextafter(steps * 2), -half])[None]
+    """fp32 halfway points between neighbours, above even and above odd ones, and one step to each side of them."""
+    bits = torch.arange(1, 2**15 - 1, 7, device="cuda", dtype=torch.int16)
+    steps, following = bits.view(dtype).float(), (bits + 1).view(dtype).float()
+    inside = following.isfinite() & (steps > 2.0**-10) & (steps < 2.0**10)
+    steps, following, odd = steps[inside], following[inside], (bits & 1)[inside]
+    half = steps + (following - steps) / 2
+    assert (half - steps).equal(following - half) and 0.4 < odd.float().mean() < 0.6
+    x = torch.cat([half, half.nextafter(steps), half.nextafter(following), -half])[None]
     zero = torch.zeros_like(x)
     got = ops.merge_low_band(x, zero, 0, dtype=dtype, backend="triton")
     assert got.equal(x.to(dtype))
@@ -181,6 +191,41 @@ def test_shares_of_a_generation_are_the_same():
             residual, mean, std, 4, popsize=popsize, seed=5, generation=1, first=first, backend="triton"
         )
         assert share[0].equal(whole[first : first + popsize]) and share[1].equal(low[first : first + popsize])
+
+
+# ---------------------------------------------------------------- elites
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *TOLERANCE, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "popsize, k_elites, size",
+    [
+        pytest.param(10, 5, 1024, id="as-by-default"),
+        pytest.param(10, 5, 77, id="odd"),
+        pytest.param(50, 10, 20160, id="of-50-video"),
+        pytest.param(1, 1, 64, id="one-candidate-one-elite"),
+        pytest.param(3, 5, 1, id="more-elites-than-candidates-one-coefficient"),
+        pytest.param(1, 127, 5, id="as-many-elites-as-it-holds"),
+        pytest.param(127, 1, 300, id="as-many-candidates"),
+    ],
+)
+def test_elites(popsize, k_elites, size, dtype):
+    state = torch.empty(0, size), torch.empty(0, dtype=torch.float64), torch.zeros(size), torch.ones(size)
+    for number in range(4):
+        low = noise(popsize, size, number=number).cpu()
+        scores = torch.randint(4, (popsize,), generator=torch.Generator().manual_seed(number)).to(dtype)
+        if number < 2 and dtype.is_floating_point:  # none is finite, then some are
+            bad = torch.tensor([NAN, INF, -INF], dtype=dtype)[torch.arange(popsize) % 3]
+            scores = bad if number == 0 else scores.where(torch.arange(popsize) % 2 == 0, bad)
+        want = reference.update_elites(low, scores, *state, k_elites=k_elites)
+        given = (tensor.cuda() for tensor in (low, scores, *state))
+        got = reference.Elites(*(t.cpu() for t in ops.update_elites(*given, k_elites=k_elites, backend="triton")))
+        assert got.low.equal(want.low) and got.scores.equal(want.scores) and got.told.equal(want.told)
+        torch.testing.assert_close(got.mean, want.mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got.variance, want.variance, rtol=1e-6, atol=1e-6)
+        state = want[:4]
 
 
 # ---------------------------------------------------------------- images for a reward
@@ -284,6 +329,9 @@ def test_one_launch_each(monkeypatch):
     residual, mean, std, _ = problem((1, 16, 166, 166), 4)
     coeffs = ops.haar_dwt2(residual, 6, backend="triton")
     images = pictures(1024, 1024, torch.bfloat16).cuda()
+    state = start(residual, EvolutionConfig(), seed=1)
+    low, scores = noise(10, state.mean.numel()), noise(10)
+    state = tell(state, low, scores, backend="triton")
     for name, call in {
         "population_kernel": lambda: ops.sample_population(
             residual, mean, std, 4, popsize=10, seed=1, dtype=torch.bfloat16, backend="triton"
@@ -291,40 +339,66 @@ def test_one_launch_each(monkeypatch):
         "haar_dwt2_kernel": lambda: ops.haar_dwt2(residual, 6, backend="triton"),
         "haar_idwt2_kernel": lambda: ops.haar_idwt2(coeffs, (166, 166), backend="triton"),
         "split_low_band_kernel": lambda: ops.split_low_band(residual, 4, backend="triton"),
+        "update_elites_kernel": lambda: tell(state, low, scores, backend="triton"),
         "resize_normalize_kernel": lambda: ops.resize_normalize(images, dtype=torch.float32, backend="triton"),
     }.items():
         assert kernels_launched(call) == [name]
 
 
-def test_a_captured_graph_draws_the_next_generation():
-    residual, mean, std, _ = problem((1, 16, 128, 128), 4)
-    seed, generation = torch.tensor(2**40 + 1, device="cuda"), torch.tensor(0, device="cuda")
-
-    def draw():
-        return ops.sample_population(
-            residual, mean, std, 4, popsize=10, seed=seed, generation=generation, dtype=torch.bfloat16, backend="triton"
-        )
-
-    draw()  # compiles outside of the capture
+def captured(call):
+    """The graph of a call, and what a replay fills."""
+    call()  # compiles outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        candidates, low = draw()
+        out = call()
+    return graph, out
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_captured_graph_asks_for_the_next_generation(backend, include_base):
+    base = noise(1, 16, 128, 128, dtype=torch.bfloat16)
+    state = start(base, EvolutionConfig(), seed=2**40 + 1, include_base=include_base, backend=backend)
+    seed, generation = torch.tensor(state.seed, device="cuda"), torch.tensor(-1, device="cuda")
+
+    def draw():
         generation.add_(1)
+        return ask(state, seed=seed, generation=generation, backend=backend)
+
+    graph, (candidates, low) = captured(draw)
+    generation.fill_(-1)
     for number in range(3):
-        candidates.fill_(float("nan")), low.fill_(float("nan"))
+        candidates.fill_(NAN), low.fill_(NAN)
         graph.replay()
-        want = ops.sample_population(
-            residual,
-            mean,
-            std,
-            4,
-            popsize=10,
-            seed=2**40 + 1,
-            generation=number,
-            dtype=torch.bfloat16,
-            backend="triton",
-        )
+        want = ask(replace(state, evaluations=10 * number), backend=backend)
         assert candidates.equal(want[0]) and low.equal(want[1])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_a_captured_graph_resizes_the_next_picture(rule, backend):
+    images, others = pictures(300, 400, torch.bfloat16).cuda().split(1)
+    graph, pixels = captured(lambda: ops.resize_normalize(images, rule, backend=backend))
+    images.copy_(others)
+    pixels.fill_(NAN)
+    graph.replay()
+    assert pixels.equal(ops.resize_normalize(others, rule, backend=backend))
+
+
+def test_a_whole_search_waits_once(monkeypatch):
+    """Before the first candidate the base is looked at, and at the end the scores: nothing between."""
+    monkeypatch.undo()
+    base = noise(1, 16, 128, 128, dtype=torch.bfloat16)
+
+    def objective(candidates):
+        return -candidates.float().square().mean((1, 2, 3))
+
+    def searched():
+        return evolve(base, objective, 50, batch_size=10, seed=1, progress=False, backend="triton")
+
+    searched()
+    copies = [name for name in kernels_launched(searched) if "DtoH" in name]
+    assert len(copies) == 2, copies
 
 
 def test_compile_has_no_graph_break():
@@ -348,19 +422,21 @@ def test_compile_has_no_graph_break():
 
 def test_a_search_without_synchronisation():
     """ask and tell with scores on the device: CUDA itself raises where the host would wait."""
-    state = start(noise(1, 16, 128, 128, dtype=torch.bfloat16), EvolutionConfig(), seed=1)
-    target = noise(16, 128, 128)
-    state = tell(state, *_scored(state, target))  # compiles
+    base, target = noise(1, 16, 128, 128, dtype=torch.bfloat16), noise(16, 128, 128, number=1)
+
+    def generation(state, backend):
+        candidates, low = ask(state, backend=backend)
+        return tell(state, low, -(candidates.float() - target).square().mean((1, 2, 3)), backend=backend)
+
+    state, plain = (start(base, EvolutionConfig(), seed=1, backend=backend) for backend in ("triton", "torch"))
+    generation(generation(state, "triton"), "triton")  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(4):
-            state = tell(state, *_scored(state, target))
+        for _ in range(5):
+            state = generation(state, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    best = state.scores.view(5, 10).amax(1)
-    assert best.argmax() > 0 and state.evaluations == 50
-
-
-def _scored(state, target):
-    candidates, low = ask(state, backend="triton")
-    return low, -(candidates.float() - target).square().mean((1, 2, 3))
+    for _ in range(5):
+        plain = generation(plain, "torch")
+    assert state.evaluations == 50 and state.scores.isfinite().all()
+    torch.testing.assert_close(state.scores, plain.scores, rtol=0, atol=1e-5)

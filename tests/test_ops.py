@@ -1,4 +1,4 @@
-"""What the six ops share: one signature and docstring for op, reference and kernel, and the choice of a backend."""
+"""What the ops share: one signature and docstring for op, reference and kernel, and the choice of a backend."""
 
 import importlib.util
 import inspect
@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ses_fast import ops, reference
 
@@ -15,6 +16,7 @@ KERNEL_OF = {
     "split_low_band": "haar",
     "merge_low_band": "haar",
     "sample_population": "population",
+    "update_elites": "elites",
     "resize_normalize": "preprocess",
 }
 
@@ -48,3 +50,20 @@ def test_backends(monkeypatch):
     with pytest.raises(ValueError, match="auto, triton, torch"):
         ops.set_backend("gpu")
     assert ops.get_backend() == "triton"
+
+
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_a_resize_of_a_known_size_copies_nothing_from_the_host(rule):
+    """A copy waits for the device, and a captured graph takes none. What is made of numbers is marked `lift_fresh`."""
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    images = torch.zeros(1, 3, 30, 40)
+    ops.resize_normalize(images, rule, size=16, backend="torch")
+    with Called():
+        ops.resize_normalize(images, rule, size=16, backend="torch")
+    assert "aten.div.Tensor" in names and not [name for name in names if "lift_fresh" in name]

@@ -170,13 +170,15 @@ def test_a_backend_asked_for_by_name_reaches_every_op(monkeypatch):
 
     asked = []
     real = ops._module
-    monkeypatch.setattr(ops, "_module", lambda name, backend, *tensors: asked.append(backend) or real(name, backend))
+    monkeypatch.setattr(
+        ops, "_module", lambda name, backend, *tensors, **sizes: asked.append(backend) or real(name, backend)
+    )
     monkeypatch.setattr(ops, "_backend", "triton")  # what a call that forgets its backend would get
     state = evolution.start(latents((1, 2, 8, 8)), evolution.EvolutionConfig(3, 2, "db1", 1), seed=0, backend="torch")
     _, low = evolution.ask(state, backend="torch")
-    state = evolution.tell(state, low, torch.arange(3.0))
+    state = evolution.tell(state, low, torch.arange(3.0), backend="torch")
     assert evolution.leader(state, backend="torch").number == 2
     evolution.SearchState.load_state_dict(state.state_dict(), backend="torch")
-    assert asked == ["torch"] * 4
+    assert asked == ["torch"] * 6
     with pytest.raises(RuntimeError, match="cannot run here"):
         evolution.start(latents((1, 2, 8, 8)), seed=0)

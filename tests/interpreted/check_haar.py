@@ -51,6 +51,10 @@ def test_all_ops(shape, level, dtype):
     back = haar.haar_idwt2(coeffs, shape[-2:])
     assert back.dtype == torch.float32
     torch.testing.assert_close(back, x.float(), rtol=0, atol=atol)
+    rounded = [coeffs[0].to(dtype), *(tuple(band.to(dtype) for band in triple) for triple in coeffs[1:])]
+    back = haar.haar_idwt2(rounded, shape[-2:])
+    assert back.dtype == torch.float32
+    torch.testing.assert_close(back, reference.haar_idwt2(rounded, shape[-2:]), rtol=0, atol=atol)
 
     low, residual = haar.split_low_band(x, level)
     want_low, want_residual = reference.split_low_band(x, level)

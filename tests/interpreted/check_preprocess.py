@@ -87,12 +87,56 @@ def test_strides_batches_and_dtypes(rule):
     assert half.equal(want.half())
 
 
+def test_the_default_dtype_does_not_matter():
+    images = pictures(40, 60)
+    want = preprocess.resize_normalize(images, "pad", size=24)
+    preprocess._axis.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert preprocess.resize_normalize(images, "pad", size=24).equal(want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        preprocess._axis.cache_clear()
+
+
 @pytest.mark.parametrize("rule", ["crop", "pad"])
 def test_a_broken_picture_does_not_pass_for_a_black_one(rule):
     images = pictures(40, 40)
     images[0, 1, 20, 20] = torch.nan
     got = preprocess.resize_normalize(images, rule, size=32)
     assert got[0].isnan().any() and got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("height, width", [(64, 160), (160, 64)], ids=["columns", "rows"])
+def test_what_the_crop_cuts_off_does_not_matter(height, width):
+    images = pictures(height, width)
+    want = preprocess.resize_normalize(images, size=24)
+    (top, bottom), (left, right) = (each.window() for each in reference.crop_resizes(height, width, 24, "floor"))
+    broken = torch.full_like(images, torch.nan)
+    broken[..., top:bottom, left:right] = images[..., top:bottom, left:right]
+    assert preprocess.resize_normalize(broken, size=24).equal(want)
+
+
+def test_the_greatest_reduction():
+    """The sums are whole numbers below 2^24: the pixels are Pillow's to the bit. At 252 a pass reduces 31.5 times."""
+    images = pictures(248, 248)
+    got, want = (each.resize_normalize(images, size=8) for each in (preprocess, reference))
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE["crop"])
+    assert preprocess.unfit(248, 248, "crop", 8) is None and preprocess.unfit(248, 252, "pad", 8) is None
+    assert preprocess.unfit(249, 700, "crop", 8) and preprocess.unfit(252, 248, "crop", 8)
+
+
+def test_a_greater_reduction_is_torchs(monkeypatch):
+    monkeypatch.setattr(ops, "why_not_triton", lambda *tensors: None)
+    images = pictures(64 * 8, 64 * 9)
+    assert ops.resize_normalize(images, size=8).equal(reference.resize_normalize(images, size=8))
+    with pytest.raises(RuntimeError, match="reduces at most 31 times, and this is 512x576 to 8 pixels"):
+        ops.resize_normalize(images, size=8, backend="triton")
+    with pytest.raises(ValueError, match="at most 31 times"):
+        preprocess.resize_normalize(images, size=8)
+    assert ops.resize_normalize(images, "pad", size=8, backend="triton").isfinite().all()
+    compiled = torch.compile(lambda images: ops.resize_normalize(images, size=8), fullgraph=True, backend="aot_eager")
+    assert compiled(images).equal(reference.resize_normalize(images, size=8))
 
 
 def test_checks_are_the_references():
