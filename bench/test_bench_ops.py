@@ -266,7 +266,7 @@ def test_update_elites(measure, shape, way):
         order = sorted(range(len(pool)), key=lambda i: -torch.cat([elite_scores, scores])[i])[:k_elites]
         for ours, theirs in zip(found[:4], (pool[order], None, pool[order].mean(0), pool[order].var(0)), strict=True):
             if theirs is not None:
-                same(ours.cpu(), theirs, "elites")
+                same(ours.cpu(), theirs, "bands")
 
     call = partial(ops.update_elites, k_elites=k_elites, backend=way)
     measure(f"update_elites P={popsize} k={k_elites} {shape}|{way}", call, make, nbytes, check)

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import missing_extra, warn
 from .evolution import EvolutionConfig, SearchState, ask, check_base, leader, start, tell, whole_number
 
 Objective = Callable[[Tensor], Any]
+Scores = list[float] | Tensor  # n of them
 RESULT_FORMAT = 1  # raised when `SearchResult.load` would no longer read an old file
 STAGES = ("start", "ask", "objective", "tell", "other")
 
@@ -189,8 +191,9 @@ def evolve(
     known = evaluations = state.evaluations  # `known`: an earlier call's, which warned of them
     raw: dict[int, dict[str, float]] = {}  # number -> each member's score
     warned = flat_looked_for = False
-    candidates = batch = low = None
-    waiting: list[Tensor] = []  # scores that `state` has not been told; telling once a generation costs less
+    low: Tensor | None = None  # [P, D] of the current generation
+    candidates: Tensor | None = None  # [P, ..., H, W]
+    waiting: list[Scores] = []  # scores that `state` has not been told; telling once a generation costs less
     stopped = "budget"
     bar = tqdm(total=budget, initial=known, desc="SES", unit="img", disable=not progress)
     lap("start")
@@ -198,27 +201,31 @@ def evolve(
         while evaluations < budget:
             if candidates is None or low is None:
                 candidates, low = ask(state, backend=backend)
+                lap("ask")
             index = evaluations % popsize
             n = min(batch_size, popsize - index, budget - evaluations)
             batch = candidates[index : index + n]
-            lap("ask")
             scores = objective_reward_fn(batch)
             lap("objective")
             members = getattr(objective_reward_fn, "members", None) or {}
             if members:
                 each = ({name: float(one[i]) for name, one in members.items()} for i in range(n))
                 raw.update(enumerate(each, start=evaluations))
+            del batch
             evaluations += n
-            told = index + n == popsize or evaluations == budget or time_limit is not None
+            complete = evaluations % popsize == 0
+            told = complete or evaluations == budget or time_limit is not None
             waiting.append(_scores(scores, n, state, copy=not told))
             bar.update(n)
             if told:
-                state, waiting = tell(state, low, _joined(waiting), backend=backend), []
+                state, waiting = tell(state, low, _joined(waiting, state), backend=backend), []
             lap("tell")
-            if index + n == popsize:
-                candidates = batch = None  # the next generation may have their memory
+            if complete:
+                candidates = None  # the next generation may have their memory
                 if on_cpu or progress:  # elsewhere a look at the scores waits for the device
-                    warned = warned or _warn_non_finite(state, max(known, evaluations - popsize))
+                    first = evaluations - popsize
+                    skipped = max(known - first, 0)
+                    warned = warned or _warn_non_finite(state.told[-1].tolist()[skipped:], first + skipped, popsize)
                     flat_looked_for = flat_looked_for or _warn_flat(state, known)
                 if progress:
                     bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}", refresh=False)
@@ -230,7 +237,7 @@ def evolve(
                 if time.perf_counter() - begin >= time_limit and evaluations < budget:
                     stopped = "time_limit"
                     break
-        warned = warned or _warn_non_finite(state, known)
+        warned = warned or _warn_non_finite(state.history[known:], known, popsize)
         flat_looked_for = flat_looked_for or _warn_flat(state, known)
         result = _result(state, low, stopped, seconds, backend, raw)
         if result.best is None:
@@ -288,37 +295,47 @@ def _continued(
     return state
 
 
-def _scores(value: Any, n: int, state: SearchState, *, copy: bool) -> Tensor:
-    """What the objective returned for n candidates: [n] on the state's device, which is not waited for.
+def _scores(value: Any, n: int, state: SearchState, *, copy: bool) -> Scores:
+    """What the objective returned for n candidates: n numbers, or [n] on the state's device, which is not waited for.
 
     copy: of a tensor, in fp64, for the objective may use its own again before the state is told.
     """
-    scores = value
-    if not isinstance(value, Tensor):
-        # The second, an abstract class, is slow to ask; the third is a NumPy array of no dimensions.
-        one = isinstance(value, float) or isinstance(value, Real) or getattr(value, "ndim", None) == 0
-        try:
-            if isinstance(value, str | bytes | Mapping | Set):  # float() would take them, or their parts, for numbers
-                raise TypeError(f"no scores: {value!r}")
-            values = [value] if one else list(value)
-            if any(isinstance(v, str | bytes) for v in values):
-                raise TypeError(f"no scores: {value!r}")
-            numbers = [float(v) for v in values]
-        except (TypeError, ValueError, OverflowError) as error:
-            what = type(value).__name__
-            raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
-        scores = torch.tensor(numbers, dtype=torch.float64, device=state.mean.device)
-    if scores.is_complex() or not (scores.shape == (n,) or scores.numel() == n == 1):
-        got = f"{scores.dtype} of shape {tuple(scores.shape)}"
-        raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
-    if scores is not value:
-        return scores
-    scores = scores.detach().reshape(n)
-    return scores.to(state.mean.device, torch.float64, copy=True) if copy else scores.to(state.mean.device)
+    if isinstance(value, Tensor):
+        shape, what = tuple(value.shape), str(value.dtype)
+        if not value.is_complex() and (shape == (n,) or value.numel() == n == 1):
+            scores = value.detach().reshape(n)
+            return scores.to(state.mean.device, torch.float64, copy=True) if copy else scores.to(state.mean.device)
+    else:
+        numbers = [value] if isinstance(value, float) else _numbers(value, n)  # most are one float: no time is lost
+        if len(numbers) == n:
+            return numbers
+        shape, what = (len(numbers),), type(value).__name__
+    got = f"{what} of shape {shape}"
+    raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
 
 
-def _joined(waiting: list[Tensor]) -> Tensor:  # [n] of [n1], [n2], ...
-    return waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+def _numbers(value: Any, n: int) -> list[float]:
+    try:
+        # The last is a NumPy array of no dimensions.
+        values = [value] if isinstance(value, Real) or getattr(value, "ndim", None) == 0 else value
+        if isinstance(values, str | bytes | Mapping | Set):  # float() would take them, or their parts, for numbers
+            raise TypeError(f"no scores: {value!r}")
+        values = list(values)
+        if any(isinstance(each, str | bytes) for each in values):
+            raise TypeError(f"no scores: {value!r}")
+        return [float(each) for each in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        what = type(value).__name__
+        raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
+
+
+def _joined(waiting: list[Scores], state: SearchState) -> Tensor:  # [n] of [n1], [n2], ...
+    device, kinds = state.mean.device, {type(part) for part in waiting}
+    if kinds == {list}:
+        return torch.tensor(list(chain.from_iterable(waiting)), dtype=torch.float64, device=device)
+    if len(waiting) == 1:
+        return waiting[0]  # type: ignore[return-value]
+    return torch.cat([torch.as_tensor(part, dtype=torch.float64, device=device) for part in waiting])
 
 
 def _result(
@@ -373,7 +390,7 @@ def _attach(
     error: BaseException,
     state: SearchState,
     low: Tensor | None,
-    waiting: list[Tensor],
+    waiting: list[Scores],
     seconds: dict[str, float],
     backend: str | None,
     raw: dict[int, dict[str, float]],
@@ -381,18 +398,18 @@ def _attach(
     """Puts the result so far at error.ses_result. Where that fails too (a lost device), the error says so."""
     try:
         if waiting and low is not None:
-            state = tell(state, low, _joined(waiting), backend=backend)
+            state = tell(state, low, _joined(waiting, state), backend=backend)
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend, raw))
     except Exception as failed:
         error.add_note(f"the result so far is lost: {failed!r}")
 
 
-def _warn_non_finite(state: SearchState, known: int) -> bool:
-    """Warns of the first score from number `known` on that was not finite; says whether there is one."""
-    if -torch.inf not in state.history[known:]:
+def _warn_non_finite(scores: list[float], first: int, popsize: int) -> bool:
+    """Warns of the first of the scores, numbered from `first` on, that was not finite; says whether there is one."""
+    if -torch.inf not in scores:
         return False
-    generation, index = divmod(state.history.index(-torch.inf, known), state.config.popsize)
+    generation, index = divmod(first + scores.index(-torch.inf), popsize)
     warn(
         f"the score of candidate {index} of generation {generation} is not finite. Such scores count "
         "as minus infinity and never enter the elites; this is reported once a search",

@@ -21,7 +21,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MASK32 = 0xFFFFFFFF
-FEW, AHEAD = 4096, 8  # where a generation needs at most FEW numbers, AHEAD generations are drawn in one call
+FEW, AHEAD = 4096, 5  # where a generation needs at most FEW numbers, AHEAD generations are drawn in one call
 PIL_BITS = 22  # the fraction bits of Pillow's integer filter weights
 
 Seed = int | Tensor  # a Python int, or a 0-d int64 tensor on the device (a captured graph can then change it)
@@ -156,18 +156,20 @@ def philox4x32(
     """
     tensors = [word for word in (*key, *counter) if isinstance(word, Tensor)]
     dimensions = max([0, *[word.dim() for word in tensors]])
-    lane = torch.arange(2, device=tensors[0].device if tensors else "cpu").view(2, *[1] * dimensions)
+    device = tensors[0].device if tensors else "cpu"
+    lane = torch.arange(2, device=device).view(2, *[1] * dimensions)
 
     def lanes(first: Seed, second: Seed) -> Tensor:
         return first + (second - first) * lane  # by arithmetic: a captured graph takes no copies from the host
 
     factors, steps, keys = lanes(0xD2511F53, 0xCD9E8D57), lanes(0x9E3779B9, 0xBB67AE85), lanes(*key)
     even, odd = torch.broadcast_tensors(lanes(counter[0], counter[2]), lanes(counter[1], counter[3]))
-    for _ in range(10):
+    rounds = torch.arange(10, device=device).view(10, *[1] * (dimensions + 1))
+    for key_of_round in (keys + steps * rounds).unbind():
         products = (even * factors).flip(0)
-        # High bits that do not belong to a word stay in `odd` and `keys` until the mask takes them off.
-        even = (products >> 32).bitwise_xor_(odd).bitwise_xor_(keys).bitwise_and_(MASK32)
-        odd, keys = products, keys + steps
+        # High bits that do not belong to a word stay in `odd` and in the keys until the mask takes them off.
+        even = (products >> 32).bitwise_xor_(odd).bitwise_xor_(key_of_round).bitwise_and_(MASK32)
+        odd = products
     odd = odd & MASK32
     return even[0], odd[0], even[1], odd[1]
 
@@ -189,8 +191,8 @@ def philox_normal(
     rows = torch.as_tensor(candidates, dtype=torch.int64, device=on)[:, None]  # [P, 1]
     quads = torch.arange(-(-size // 4), device=rows.device)  # [Q]
     w0, w1, w2, w3 = philox4x32((seed & MASK32, (seed >> 32) & MASK32), (quads, rows, generation, 0))
-    u = (torch.stack([w0, w2, w1, w3]).double() + 0.5) / 2**32  # [4, ..., P, Q]
-    radius, angle = (-2 * u[:2].log()).sqrt(), 2 * math.pi * u[2:]  # [2, ..., P, Q]
+    u = (torch.stack([w0, w2, w1, w3]).double() + 0.5) * 2**-32  # [4, ..., P, Q]
+    radius, angle = (u[:2].log() * -2).sqrt(), u[2:] * (2 * math.pi)  # [2, ..., P, Q]
     normals = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)  # [2, ..., P, Q, 2]
     return normals.movedim(0, -2).flatten(-3)[..., :size].float()
 
@@ -272,7 +274,10 @@ def update_elites(
     best = pool_scores.sort(descending=True, stable=True).indices[:k_elites]
     elite_low, elite_scores = pool_low[best], pool_scores[best]
 
-    # Only the device knows how many are finite.
+    if elite_scores.device.type == "cpu" and elite_scores[-1] > -math.inf and len(elite_scores) > 1:
+        new_variance, new_mean = torch.var_mean(elite_low, 0)  # no empty place: the same, in one call
+        return Elites(elite_low, elite_scores, new_mean, new_variance + 1e-7, told)
+    # Elsewhere only the device knows how many are finite.
     weight = (elite_scores > -math.inf)[:, None]  # [K, 1]
     count = weight.sum()
     new_mean = (weight * elite_low).sum(0) / count
