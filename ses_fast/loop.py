@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -17,7 +16,6 @@ from .errors import missing_extra, warn
 from .evolution import EvolutionConfig, SearchState, ask, check_base, leader, start, tell, whole_number
 
 Objective = Callable[[Tensor], Any]
-Scores = list[float] | Tensor  # n of them
 RESULT_FORMAT = 1  # raised when `SearchResult.load` would no longer read an old file
 STAGES = ("start", "ask", "objective", "tell", "other")
 
@@ -191,9 +189,8 @@ def evolve(
     known = evaluations = state.evaluations  # `known`: an earlier call's, which warned of them
     raw: dict[int, dict[str, float]] = {}  # number -> each member's score
     warned = flat_looked_for = False
-    low: Tensor | None = None  # [P, D] of the current generation
-    candidates: Tensor | None = None  # [P, ..., H, W]
-    waiting: list[Scores] = []  # scores that `state` has not been told; telling once a generation costs less
+    candidates = batch = low = None
+    waiting: list[Tensor] = []  # scores that `state` has not been told; telling once a generation costs less
     stopped = "budget"
     bar = tqdm(total=budget, initial=known, desc="SES", unit="img", disable=not progress)
     lap("start")
@@ -211,21 +208,19 @@ def evolve(
             if members:
                 each = ({name: float(one[i]) for name, one in members.items()} for i in range(n))
                 raw.update(enumerate(each, start=evaluations))
-            del batch
             evaluations += n
-            complete = evaluations % popsize == 0
-            told = complete or evaluations == budget or time_limit is not None
+            told = index + n == popsize or evaluations == budget or time_limit is not None
             waiting.append(_scores(scores, n, state, copy=not told))
             bar.update(n)
             if told:
-                state, waiting = tell(state, low, _joined(waiting, state), backend=backend), []
+                state, waiting = tell(state, low, _joined(waiting), backend=backend), []
             lap("tell")
-            if complete:
-                candidates = None  # the next generation may have their memory
+            if index + n == popsize:
+                candidates = batch = None  # the next generation may have their memory
                 if on_cpu or progress:  # elsewhere a look at the scores waits for the device
-                    first = evaluations - popsize
-                    skipped = max(known - first, 0)
-                    warned = warned or _warn_non_finite(state.told[-1].tolist()[skipped:], first + skipped, popsize)
+                    first = max(known, evaluations - popsize)
+                    scores_of_generation = state.told[-1].tolist()[first - evaluations :]
+                    warned = warned or _warn_non_finite(scores_of_generation, first, popsize)
                     flat_looked_for = flat_looked_for or _warn_flat(state, known)
                 if progress:
                     bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}", refresh=False)
@@ -295,23 +290,22 @@ def _continued(
     return state
 
 
-def _scores(value: Any, n: int, state: SearchState, *, copy: bool) -> Scores:
-    """What the objective returned for n candidates: n numbers, or [n] on the state's device, which is not waited for.
+def _scores(value: Any, n: int, state: SearchState, *, copy: bool) -> Tensor:
+    """What the objective returned for n candidates: [n] on the state's device, which is not waited for.
 
     copy: of a tensor, in fp64, for the objective may use its own again before the state is told.
     """
-    if isinstance(value, Tensor):
-        shape, what = tuple(value.shape), str(value.dtype)
-        if not value.is_complex() and (shape == (n,) or value.numel() == n == 1):
-            scores = value.detach().reshape(n)
-            return scores.to(state.mean.device, torch.float64, copy=True) if copy else scores.to(state.mean.device)
-    else:
+    scores = value
+    if not isinstance(value, Tensor):
         numbers = [value] if isinstance(value, float) else _numbers(value, n)  # most are one float: no time is lost
-        if len(numbers) == n:
-            return numbers
-        shape, what = (len(numbers),), type(value).__name__
-    got = f"{what} of shape {shape}"
-    raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
+        scores = torch.tensor(numbers, dtype=torch.float64, device=state.mean.device)
+    if scores.is_complex() or not (scores.shape == (n,) or scores.numel() == n == 1):
+        got = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        raise ValueError(f"the objective must return {n} scores, shape ({n},), for {n} candidates; got {got}")
+    if scores is not value:
+        return scores
+    scores = scores.detach().reshape(n)
+    return scores.to(state.mean.device, torch.float64, copy=True) if copy else scores.to(state.mean.device)
 
 
 def _numbers(value: Any, n: int) -> list[float]:
@@ -329,13 +323,8 @@ def _numbers(value: Any, n: int) -> list[float]:
         raise ValueError(f"the objective must return {n} numbers, as a tensor or a sequence; got {what}") from error
 
 
-def _joined(waiting: list[Scores], state: SearchState) -> Tensor:  # [n] of [n1], [n2], ...
-    device, kinds = state.mean.device, {type(part) for part in waiting}
-    if kinds == {list}:
-        return torch.tensor(list(chain.from_iterable(waiting)), dtype=torch.float64, device=device)
-    if len(waiting) == 1:
-        return waiting[0]  # type: ignore[return-value]
-    return torch.cat([torch.as_tensor(part, dtype=torch.float64, device=device) for part in waiting])
+def _joined(waiting: list[Tensor]) -> Tensor:  # [n] of [n1], [n2], ...
+    return waiting[0] if len(waiting) == 1 else torch.cat(waiting)
 
 
 def _result(
@@ -390,7 +379,7 @@ def _attach(
     error: BaseException,
     state: SearchState,
     low: Tensor | None,
-    waiting: list[Scores],
+    waiting: list[Tensor],
     seconds: dict[str, float],
     backend: str | None,
     raw: dict[int, dict[str, float]],
@@ -398,7 +387,7 @@ def _attach(
     """Puts the result so far at error.ses_result. Where that fails too (a lost device), the error says so."""
     try:
         if waiting and low is not None:
-            state = tell(state, low, _joined(waiting, state), backend=backend)
+            state = tell(state, low, _joined(waiting), backend=backend)
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", _result(state, low, "error", seconds, backend, raw))
     except Exception as failed:

@@ -175,7 +175,7 @@ def test_a_state_that_is_no_dict(state) -> None:
 @pytest.mark.parametrize(
     "value, message",
     [
-        ([1.0, 2.0], "must return 3 scores, shape (3,), for 3 candidates; got list of shape (2,)"),
+        ([1.0, 2.0], "must return 3 scores, shape (3,), for 3 candidates; got torch.float64 of shape (2,)"),
         (torch.zeros(4), "got torch.float32 of shape (4,)"),
         (torch.zeros(3, 1), "of shape (3, 1)"),  # which dimension counts the candidates?
         (torch.zeros(1, 3), "of shape (1, 3)"),
