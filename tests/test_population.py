@@ -198,3 +198,10 @@ def test_triton_by_name_raises_here():
         pytest.skip("says what happens without a CUDA device")
     with pytest.raises(RuntimeError, match="cannot run here"):
         call(backend="triton")
+
+
+def test_numbers_in_a_list_are_drawn_on_the_cpu_whatever_the_default_device():
+    want = philox_normal(5, 1, [0, 7], 9)
+    with torch.device("meta"):
+        got = philox_normal(5, 1, [0, 7], 9)
+    assert got.device.type == "cpu" and got.equal(want)

@@ -507,3 +507,12 @@ def test_a_warning_points_at_the_users_line() -> None:
             options = dict(dwt_level=1, seed=1, progress=False, popsize=4)
             ses_fast.search(BASE, Objective([NAN, 1, 2, 3]), 4, **options)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_equal_scores_beside_one_that_is_not_finite_are_warned_of_too() -> None:
+    with pytest.warns(UserWarning) as caught:
+        evolve(Objective([NAN, 1, 1, 1]), 4)
+    assert len([warning for warning in caught if "all 3 candidates" in str(warning.message)]) == 1
+    with pytest.warns(UserWarning, match="not finite") as caught:
+        evolve(Objective([NAN, 1, 1, 2]), 4)
+    assert len(caught) == 1

@@ -398,11 +398,8 @@ class Previews:
         self.automatic = config.batch_size == "auto"
         n = _first_batch_size(config, pipe.device, shared["height"], shared["width"])
         alone = 1 if self.model_fn is None else n
-        # How many go together; None where one alone is to show what fits.
-        self.together: dict[str, int | None] = {
-            "denoise": alone,
-            "decode": 1 if shared.get("tiled") else n,
-        }  # tiles are for want of memory
+        # How many go together; None where one alone is to show what fits. Tiles are for want of memory.
+        self.together: dict[str, int | None] = {"denoise": alone, "decode": 1 if shared.get("tiled") else n}
         if alone != n:
             warn(
                 "the call's inputs or the pipeline's model_fn allow no batch: previews go one by one",
