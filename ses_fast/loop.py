@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cpu import keep_memory
 from .errors import missing_extra, warn
 from .evolution import EvolutionConfig, SearchState, ask, check_base, leader, start, tell, whole_number
 
@@ -186,6 +187,8 @@ def evolve(
         mark = now
 
     on_cpu = base_latents.device.type == "cpu"
+    if on_cpu:
+        keep_memory()
     known = evaluations = state.evaluations  # `known`: an earlier call's, which warned of them
     raw: dict[int, dict[str, float]] = {}  # number -> each member's score
     warned = flat_looked_for = False

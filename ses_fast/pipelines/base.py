@@ -12,7 +12,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..cpu import fast_linears
 from ..errors import warn
 from ..evolution import EvolutionConfig, SearchState, check_base, check_noise, whole_number
 from ..loop import HeldOut, SearchResult, check_options, check_state, evolve
@@ -493,7 +494,9 @@ class Previews:
                 torch.cuda.reset_peak_memory_stats(device)
                 held = torch.cuda.memory_allocated(device)
             try:
-                part = run(inputs[:n])
+                # One alone goes the final image's way, to be equal bit for bit.
+                with fast_linears(self.pipe) if n > 1 and not _on_gpu(device) else nullcontext():
+                    part = run(inputs[:n])
             except torch.OutOfMemoryError:
                 shared = stage == "denoise" and n > 1 and self.both is not None
                 if not shared and (not self.automatic or n == 1):

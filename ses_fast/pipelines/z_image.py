@@ -30,19 +30,20 @@ def forward_together(
     """
     while isinstance(prompt_embeds, list):
         prompt_embeds = prompt_embeds[0]
-    n = len(latents)
-    patches, (text, *_), sequence = dit.patchify_and_embed(
-        list(latents[:, :, None]),  # n of [C, 1, h, w]: one frame each
-        [prompt_embeds] * n,
+    n, channels = latents.shape[:2]
+    (patches,), (text,), sequence = dit.patchify_and_embed(
+        [latents.flatten(0, 1)[:, None]],  # as one image of n * C channels, of one frame
+        [prompt_embeds],
     )
+    patches = patches.unflatten(1, (-1, n, channels)).permute(2, 0, 1, 3).flatten(2)  # [n, S, 4 * C]
     modulation = dit.t_embedder(1000 - timestep)  # [1, E]
 
     def positions_and_padding(kind: str) -> tuple[Tensor, Tensor]:
-        # Of the first candidate: [1, S, E] to broadcast over the batch, and [S]
+        # [1, S, E] to broadcast over the batch, and [S]
         return dit.rope_embedder(sequence[f"{kind}_pos_ids"][0])[None], sequence[f"{kind}_pad_mask"][0]
 
     positions, padding = positions_and_padding("x")
-    image = dit.all_x_embedder["2-1"](torch.stack(patches))  # [n, S, E]
+    image = dit.all_x_embedder["2-1"](patches)  # [n, S, E]
     image[:, padding] = dit.x_pad_token.to(image)
     for block in dit.noise_refiner:
         image = block(image, attn_mask=None, freqs_cis=positions, adaln_input=modulation)
@@ -59,7 +60,7 @@ def forward_together(
     for block in dit.layers:
         tokens = block(tokens, attn_mask=None, freqs_cis=positions, adaln_input=modulation)
     tokens = dit.all_final_layer["2-1"](tokens, modulation)
-    frames = dit.unpatchify(list(tokens), sequence["x_size"])  # n of [C, 1, h, w]; drops padding and text
+    frames = dit.unpatchify(list(tokens), sequence["x_size"] * n)  # n of [C, 1, h, w]; drops padding and text
     return -torch.cat(frames, dim=1).transpose(0, 1)
 
 

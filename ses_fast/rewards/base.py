@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torchvision import mend_torchvision
+from ..cpu import fast_linears
 from ..errors import missing_extra
 
 
@@ -65,7 +66,8 @@ class Reward:
             raise ValueError(f"a reward needs images of shape (n, 3, H, W), n > 0; got {tuple(images.shape)}")
         if prompt != self._prompt:
             self._prompt, self._encoded = prompt, self.encode(prompt)
-        return self.score(images, self._encoded).float()
+        with fast_linears(self.model) if len(images) > 1 and self.device.type == "cpu" else nullcontext():
+            return self.score(images, self._encoded).float()
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the reward, as `Module.to`; its dtype stays."""

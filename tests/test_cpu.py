@@ -1,0 +1,258 @@
+"""Linear layers by oneDNN on a CPU: equal, only where they should be, and gone afterwards; and freed memory kept."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ses_fast
+from ses_fast import SESConfig
+from ses_fast._torchvision import mend_torchvision
+from ses_fast.cpu import WORTH, fast_linears
+
+mend_torchvision()
+
+from tiny import brightness, manage_vram, tiny_z_image  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()), reason="torch without oneDNN"
+)
+ATOL = 2e-5  # of sums of up to 512 products of N(0, 1) values and weights below 1: a few bits of fp32
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of oneDNN's linear."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += "mkldnn._linear_pointwise" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(call):
+    with Counted() as counter:
+        value = call()
+    return value, counter.calls
+
+
+INPUTS = {
+    "rows": lambda: torch.randn(128, 96),
+    "a batch of tokens": lambda: torch.randn(4, 33, 96),
+    "heads, not contiguous": lambda: torch.randn(4, 3, 33, 96).transpose(1, 2),
+    "every second value": lambda: torch.randn(128, 192)[:, ::2],
+    "expanded": lambda: torch.randn(1, 64, 96).expand(3, -1, -1),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", INPUTS)
+@torch.no_grad()
+def test_equals_linear(kind, bias):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(96, 512, bias), INPUTS[kind]()
+    expected = layer(inputs)
+    with fast_linears(layer):
+        found, calls = counted(lambda: layer(inputs))
+    assert calls == 1
+    assert_close(found, expected, atol=ATOL, rtol=0)
+    truth = nn.functional.linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert (found - truth).abs().max() < ATOL
+    assert found.stride() == expected.stride()
+
+
+@torch.no_grad()
+def test_a_small_product_is_left_as_it_was_bit_for_bit():
+    layer, inputs = nn.Linear(128, 128), torch.randn(WORTH // 128**2, 128)
+    few = inputs[:-1]
+    expected = layer(few)
+    with fast_linears(layer):
+        found, calls = counted(lambda: layer(few))
+        assert calls == 0 and torch.equal(found, expected)
+        assert counted(lambda: layer(inputs))[1] == 1
+
+
+class Own(nn.Linear):
+    pass
+
+
+class Block(nn.Module):
+    """Two layers, as a model's own block has them: dynamo does not look into nn.Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(96, 512), nn.Linear(512, 64)
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs).tanh())
+
+
+OTHERS = {
+    "a class of its own": lambda: Own(256, 256),
+    "bf16": lambda: nn.Linear(256, 256, dtype=torch.bfloat16),
+    "fp64": lambda: nn.Linear(256, 256, dtype=torch.float64),
+    "on no device": lambda: nn.Linear(256, 256, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_other_layers_stay_what_they_are(kind):
+    layer = OTHERS[kind]()
+    before, inputs = type(layer), torch.randn(64, 256, dtype=layer.weight.dtype).to(layer.weight.device)
+    with fast_linears(nn.Sequential(layer)):
+        assert type(layer) is before
+        assert counted(lambda: layer(inputs))[1] == 0
+
+
+@pytest.mark.parametrize("why", ["gradients", "autocast", "no oneDNN"])
+def test_does_nothing_with(why, monkeypatch):
+    layer, inputs = nn.Linear(256, 256), torch.randn(64, 256)
+    if why == "no oneDNN":
+        monkeypatch.setattr("ses_fast.cpu._both_libraries", lambda: False)
+    with (
+        torch.set_grad_enabled(why == "gradients"),
+        torch.autocast("cpu", enabled=why == "autocast"),
+        fast_linears(layer),
+    ):
+        assert type(layer) is nn.Linear
+        output, calls = counted(lambda: layer(inputs))
+    assert calls == 0
+    assert output.requires_grad == (why == "gradients")
+    assert output.dtype == (torch.bfloat16 if why == "autocast" else torch.float32)
+
+
+@torch.no_grad()
+def test_inputs_of_another_kind_raise_as_they_did():
+    layer = nn.Linear(256, 256)
+    for inputs in (torch.randn(64, 256).double(), torch.randn(64, 255)):
+        with pytest.raises(RuntimeError) as stock:
+            layer(inputs)
+        with fast_linears(layer), pytest.raises(RuntimeError) as ours:
+            layer(inputs)
+        if inputs.dtype == torch.float64:
+            assert str(ours.value) == str(stock.value)
+    one = torch.randn(256)
+    expected = layer(one)
+    with fast_linears(layer):
+        assert torch.equal(layer(one), expected)
+
+
+@torch.no_grad()
+def test_the_layers_are_their_own_again_whatever_happens():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8)))
+    weights = list(model.parameters())
+    with pytest.raises(KeyError), fast_linears(model):
+        assert type(model[0]) is not nn.Linear and isinstance(model[0], nn.Linear)
+        assert type(model[2][0]) is not nn.Linear
+        raise KeyError
+    assert type(model[0]) is type(model[2][0]) is nn.Linear
+    assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_compiled_layers_are_too_and_once():
+    torch._dynamo.reset()
+    model, inputs = Block(), torch.randn(4, 96)
+    expected = model(inputs)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    model.compile(backend=backend)
+    for _ in range(3):
+        with fast_linears(model):
+            assert_close(model(inputs), expected, atol=ATOL, rtol=0)
+        assert torch.equal(model(inputs), expected)
+    ours, stock = graphs  # two, whichever comes how often
+    assert sum("ses_fast.linear" in target for target in ours) == 2
+    assert not any("ses_fast" in target for target in stock)
+    torch._dynamo.reset()
+
+
+CALL = {"prompt": "a red fox", "height": 64, "width": 80, "num_inference_steps": 2, "seed": 3}
+CALL |= {"progress_bar_cmd": lambda steps: steps}
+SES = {"enable_ses": True, "ses_reward_model": brightness, "ses_inference_steps": 2, "ses_eval_budget": 4}
+
+
+def search(pipe, batch_size):
+    config = SESConfig(progress=False, popsize=4, k_elites=2, batch_size=batch_size)
+    return counted(lambda: pipe(**CALL, **SES, ses_config=config))
+
+
+def test_previews_in_a_batch_take_it_and_one_alone_and_the_final_image_do_not(monkeypatch):
+    monkeypatch.setattr("ses_fast.cpu.WORTH", 0)
+    pipe = ses_fast.enable(tiny_z_image())
+    _, alone = search(pipe, 1)
+    one_by_one = pipe.ses_result
+    _, together = search(pipe, 4)
+    assert alone == 0 and together > 2 * len(pipe.dit.layers)
+    a, b = (torch.tensor([each.score for each in result.trace]) for result in (one_by_one, pipe.ses_result))
+    assert_close(a, b, atol=1e-5, rtol=0)
+    assert {type(module) for module in pipe.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+
+
+def test_previews_under_vram_management_keep_its_layers(monkeypatch):
+    monkeypatch.setattr("ses_fast.cpu.WORTH", 0)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)  # which DiffSynth calls
+    pipe = ses_fast.enable(manage_vram(tiny_z_image()))
+    before = [type(module) for module in pipe.modules()]
+    search(pipe, 4)
+    assert [type(module) for module in pipe.modules()] == before
+
+
+def test_a_reward_takes_it_for_several_images_alone(monkeypatch):
+    from ses_fast import embedded
+
+    monkeypatch.setattr("ses_fast.cpu.WORTH", 0)
+    reward = embedded.load_reward(device="cpu")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    reward(images[:1], "two red squares")  # which encodes the prompt
+    one, calls = counted(lambda: reward(images[:1], "two red squares"))
+    assert calls == 0
+    several, calls = counted(lambda: reward(images, "two red squares"))
+    assert calls > 0
+    assert_close(several[:1], one, atol=1e-4, rtol=0)
+
+
+MEMORY = """
+import ctypes, torch
+class Info(ctypes.Structure):  # of glibc, in bytes
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+{keep}
+mapped = info().hblkhd
+blocks = [torch.empty(20 << 20, dtype=torch.uint8) for _ in range(2)]
+mapped = info().hblkhd - mapped  # what the system was asked for, and is given back when it is freed
+del blocks
+print(mapped >> 20, info().fordblks >> 20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="of glibc from 2.33 on")
+def test_freed_memory_is_kept():
+    def mapped_and_kept(keep):
+        done = subprocess.run([sys.executable, "-c", MEMORY.format(keep=keep)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return map(int, done.stdout.split())
+
+    mapped, kept = mapped_and_kept("")
+    assert mapped >= 40 and kept < 40
+    mapped, kept = mapped_and_kept("from ses_fast.cpu import keep_memory; keep_memory()")
+    assert mapped == 0 and kept >= 40
+
+
+def test_a_search_on_a_cpu_keeps_its_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr("ses_fast.loop.keep_memory", lambda: asked.append(1))
+    ses_fast.evolve(torch.zeros(1, 2, 16, 16), lambda latents: 0.0, 1, 1, 1, dwt_level=1, progress=False, seed=0)
+    assert asked == [1]
