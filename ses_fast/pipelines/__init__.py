@@ -29,13 +29,14 @@ def enable(pipe: Any, *, compile: bool | str = False) -> Any:
 
     compile: True compiles the repeated blocks of the user's own model with torch.compile, for previews and final
         images, with SES and without; "max-autotune" searches longer for fast kernels. The images then differ
-        by rounding, as after `pipe.compile_pipeline()`. The first calls compile; `disable` undoes it.
+        by rounding, as after `pipe.compile_pipeline()`. The first call compiles, so does the first with another
+        image size or number of previews together, but not another prompt; `disable` undoes it.
 
     Raises ValueError for what is no supported pipeline, and for another `compile`.
     """
     family, mode = _family(pipe), compile_mode(compile)
     if mode is not None:
-        compile_blocks(pipe, mode)
+        compile_blocks(pipe, family, mode)
     install(pipe, family)
     return pipe
 

@@ -121,6 +121,9 @@ COMPILE_MODES: dict[bool | str, str] = {
     "default": "default",
     "max-autotune": "max-autotune-no-cudagraphs",
 }
+# A block is a graph for every size and number of candidates, and each of these for every state that VRAM management
+# and hot-loaded LoRAs give it. Past dynamo's own limit of 8 it would run uncompiled; at 256 dynamo has another.
+MOST_GRAPHS = 256
 
 
 @dataclass
@@ -291,6 +294,11 @@ class SESUnit:
         """The call's inputs, without what only the final image may have."""
         return shared
 
+    @staticmethod
+    def long_as_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor, int]]:
+        """Of the inputs of a block that is compiled, those that a longer prompt makes longer, and their dimension."""
+        return ()
+
     # ---- what all share
 
     def check(self, pipe: Any, given: dict[str, Any]) -> None:
@@ -397,6 +405,7 @@ class Previews:
         self.model_fn = unit.model_fn_together(pipe, inputs)
         self.both = None if self.model_fn is None else self.both_sides()
         self.automatic = config.batch_size == "auto"
+        self.compiled = "_ses_compiled" in vars(pipe)
         n = _first_batch_size(config, pipe.device, shared["height"], shared["width"])
         alone = 1 if self.model_fn is None else n
         # How many go together; None where one alone is to show what fits. Tiles are for want of memory.
@@ -522,14 +531,17 @@ class Previews:
         noises: Tensor,  # [n, C, h, w]
     ) -> Tensor:  # [n, C, h, w]
         """What the pipeline's own call does between its units and its decoder."""
-        pipe = self.pipe
+        pipe, n = self.pipe, len(noises)
+        if self.compiled and n > 1:  # a short batch would be compiled for itself: it is as long as the others are
+            full = min(self.together["denoise"] or 1, self.request.config.popsize, self.request.budget)
+            noises = torch.cat([noises, noises[-1:].expand(max(0, full - n), *noises.shape[1:])])
         inputs = {**self.shared, "noise": self.unit.pack(noises)}
         inputs["latents"] = _first_latents(self.scheduler, inputs["noise"], self.request.input_latents)
         for step, timestep in enumerate(self.scheduler.timesteps):
             timestep = timestep[None].to(pipe.device, pipe.torch_dtype)
             predicted = self.predict(inputs, timestep=timestep, progress_id=step)
             inputs["latents"] = pipe.step(self.scheduler, progress_id=step, noise_pred=predicted, **inputs)
-        return inputs["latents"]
+        return inputs["latents"][:n]
 
     def predict(self, inputs: dict[str, Any], **others: Any) -> Tensor:
         """The velocity of all of inputs["latents"], with CFG."""
@@ -582,12 +594,12 @@ def compile_mode(compile: bool | str) -> str | None:
     raise ValueError(f"compile must be one of {modes}; got {compile!r}")
 
 
-def compile_blocks(pipe: Any, mode: str) -> None:
+def compile_blocks(pipe: Any, family: type[SESUnit], mode: str) -> None:
     """Compiles the repeated blocks of the pipeline's models in place, as `pipe.compile_pipeline()` does.
 
-    Its dynamic shapes are kept: a prompt of another length, another size or a shorter batch is no new graph,
-    only one candidate against several is. Does nothing where it was done; another mode, or a model that was
-    replaced, is compiled anew. Raises ValueError where there is nothing to compile.
+    Shapes are static but for the prompt's length: another size, and another number of previews together, is compiled
+    anew, another prompt is not. Does nothing where it was done; another mode, or a model that was replaced, is
+    compiled anew. Raises ValueError where there is nothing to compile.
     """
     models = [getattr(pipe, name, None) for name in getattr(pipe, "compilable_models", ())]
     done: Compiled | None = vars(pipe).get("_ses_compiled")
@@ -595,14 +607,30 @@ def compile_blocks(pipe: Any, mode: str) -> None:
         return
     _undo_compilation(pipe)
     before = [(module, module._compiled_call_impl) for module in pipe.modules()]
-    # A block is a graph for one candidate and one for several, and each of these for every state that VRAM management
-    # and hot-loaded LoRAs give it: past dynamo's own limit of 8 it would run uncompiled.
-    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-    pipe.compile_pipeline(mode=mode, **limit)
+    limit: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limit["recompile_limit"] = MOST_GRAPHS
+    else:  # before torch 2.12 there is but one for all that is compiled
+        torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    pipe.compile_pipeline(mode=mode, dynamic=False, **limit)
     changed = [(module, was) for module, was in before if module._compiled_call_impl is not was]
     if not changed:
         raise ValueError("the pipeline has no model to compile: load its dit first, or leave compile out")
+    for block, _ in changed:
+        block._compiled_call_impl = _for_any_prompt(block, family)
     pipe._ses_compiled = Compiled(mode, models, changed)
+
+
+def _for_any_prompt(block: Any, family: type[SESUnit]) -> Callable[..., Any]:
+    """What `block` was compiled to, with the prompt's length marked as one that changes."""
+    compiled, signature = block._compiled_call_impl, inspect.signature(block.forward)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for tensor, dimension in family.long_as_prompt(signature.bind(*args, **kwargs).arguments):
+            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+        return compiled(*args, **kwargs)
+
+    return call
 
 
 @dataclass

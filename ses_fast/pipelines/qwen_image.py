@@ -1,6 +1,7 @@
 """Qwen-Image: how several candidates go through the DiT at once; its own model_fn has one image written into it."""
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class QwenImage(SESUnit, PipelineUnit):
     text = ("prompt_emb", "prompt_emb_mask")
     together = frozenset({"latents", "height", "width", "num_inference_steps", *text})
     refused = {"layer_num": "it makes several images of one noise, and a search scores one"}
+
+    @staticmethod
+    def long_as_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor, int]]:
+        return [(block_inputs["text"], 1), (block_inputs["image_rotary_emb"][1], 0)]
 
     def decode(
         self,

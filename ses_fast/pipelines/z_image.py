@@ -1,7 +1,7 @@
 """Z-Image and Z-Image-Turbo: how several candidates go through the DiT at once."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,10 @@ class ZImage(SESUnit, PipelineUnit):
     def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
         omni = pipe.dit.siglip_embedder is not None  # another forward
         return None if omni else super().model_fn_together(pipe, inputs)
+
+    @staticmethod
+    def long_as_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor, int]]:
+        return [(block_inputs["x"], 1), (block_inputs["freqs_cis"], 1)]  # image and text, joined
 
     def decode(
         self,
