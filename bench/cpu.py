@@ -2,12 +2,13 @@
 
 Prints a table and writes bench/results/<device>-<date>-cpu.json.
 
-Three measures, each against its bar. Before any timing both sides gave the same. They take turns in one process; a
+Four measures, each against its bar. Before any timing both sides gave the same. They take turns in one process; a
 ratio is that of their medians, its spread the interquartile range of the rounds' own ratios.
 
 population: `sample_population` with given draws, P=10, against ten calls of `pywt.waverec2`.
 search: a whole search of 50 evaluations with a trivial objective, `ses_fast.search` against `diffsynth`'s
     `ses_search`, called alike: one latent at a time, a progress bar (written to nowhere); with a seed and a generator.
+linear: a layer of a batch of previews, by oneDNN, against torch's own; the embedded model's width and FLUX's.
 resize: `resize_normalize` of one picture, PIL-exact, against tensor -> PIL -> CLIPImageProcessor; always one thread.
 """
 
@@ -32,12 +33,15 @@ from bench.environment import environment
 from bench.ops import result_path
 from ses_fast import ops
 from ses_fast._torchvision import mend_torchvision
+from ses_fast.cpu import fast_linears
 
 LEVEL, POPSIZE, BUDGET = 4, 10, 50
+LAYERS = ((960, 160, 426), (512, 3072, 3072))  # tokens, inputs, outputs
 LATENTS = ((16, 128, 128), (16, 166, 166), (16, 167, 93), (128, 64, 64), (4, 64, 64))
 # Of candidates and answers: the contract's. Of pixels, up to 2.7: a few bits of fp32.
-TOLERANCE = {"latents": 5e-6, "pixels": 2e-6}
-BARS = {"population": 5.0, "search with a seed": 4.0, "search with a generator": 4.0, "resize": 1.0}
+# Of products of N(0, 1) inputs with weights below 1/sqrt(width): the same.
+TOLERANCE = {"latents": 5e-6, "pixels": 2e-6, "products": 2e-5}
+BARS = {"population": 5.0, "search with a seed": 4.0, "search with a generator": 4.0, "linear": 1.0, "resize": 1.0}
 
 
 def in_turns(rounds: int, **sides: Callable[[], object]) -> dict[str, list[float]]:
@@ -112,6 +116,23 @@ def search(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, list[floa
     }
 
 
+def linear(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, list[float]]]:
+    tokens, width, features = shape
+    layer, inputs = torch.nn.Linear(width, features), torch.randn(tokens, width)
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        with fast_linears(layer):
+            return layer(inputs)
+
+    @torch.no_grad()
+    def theirs() -> torch.Tensor:
+        return layer(inputs)
+
+    assert_close(ours(), theirs(), atol=TOLERANCE["products"], rtol=0)
+    return {"linear": in_turns(rounds, ours=ours, theirs=theirs)}
+
+
 def resize(shape: tuple[int, ...], rounds: int) -> dict[str, dict[str, list[float]]]:
     from PIL import Image
 
@@ -158,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     mend_torchvision()
     rows = []
-    jobs = [(each, shape) for each in (population, search) for shape in LATENTS] + [(resize, (3, 1024, 1024))]
+    jobs: list[tuple[Callable, tuple[int, ...]]] = [(each, shape) for each in (population, search) for shape in LATENTS]
+    jobs += [(linear, shape) for shape in LAYERS] + [(resize, (3, 1024, 1024))]
     for measure, shape in jobs:
         print(measure.__name__, shape, file=sys.stderr)
         for what, times in measure(shape, arguments.rounds).items():

@@ -123,7 +123,7 @@ def summarise_headroom(rows: list[dict]) -> dict[str, float]:
     picked = [row["right"][int(np.argmax(row["score"]))] for row in rows]
     return {
         "one noise right": float(np.mean(first)),
-        "any noise right": float(np.mean([right for row in rows for right in row["right"]])),
+        f"{NOISES} noises, right on the mean": float(np.mean([right for row in rows for right in row["right"]])),
         f"best of {NOISES} by the oracle": float(np.mean([any(row["right"]) for row in rows])),
         f"best of {NOISES} by the reward": float(np.mean(picked)),
         "AUC of the reward within a caption": auc_within(rows, "score"),

@@ -20,6 +20,7 @@ from bench.table import lines_of
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("model", "search", "batch", "measured on", "documented flow, s", "ses_fast, s", "x faster", "at most x")
 NOTES = (
+    "x faster: the median of the rounds' own ratios. "
     "At most x: the documented flow's own time over the floor, the bound that the model's arithmetic sets. "
     "The reward's own preprocessing counts as reward, not as overhead."
 )

@@ -289,12 +289,13 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+def _at_least(least: int, most: int | None = None, or_auto: bool = False) -> Callable[[str], int]:
     def whole(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"needs a whole number, got {text!r}") from None
+            number = 'a whole number or "auto"' if or_auto else "a whole number"
+            raise argparse.ArgumentTypeError(f"needs {number}, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
         if most is not None and value > most:
@@ -352,4 +353,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _or_auto(least: int) -> Callable[[str], int | str]:
-    return lambda text: text if text == "auto" else _at_least(least)(text)
+    return lambda text: text if text == "auto" else _at_least(least, or_auto=True)(text)

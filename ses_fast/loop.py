@@ -43,16 +43,16 @@ class HeldOut:
 class SearchResult:
     """What a search has found so far; of one that was broken off, at `error.ses_result`."""
 
-    latents: Tensor | None  # [1, ..., H, W], the best; None while no score is finite
+    latents: Tensor | None = field(repr=False)  # [1, ..., H, W], the best; None while no score is finite
     score: float | None  # the best
     base_score: float | None  # the base's own; None unless include_base
     best: Evaluation | None  # which candidate it was
-    trace: list[Evaluation]  # every score, in order
+    trace: list[Evaluation] = field(repr=False)  # every score, in order
     evaluations: int
     seed: int | None  # None with a generator
     seconds: dict[str, float]  # this call's, by STAGES and in "total"; a GPU's work counts where it is waited for
     stopped: str  # "budget", "time_limit", "error"; "running" in on_generation
-    state: SearchState  # to save, or to continue from with evolve(..., state=)
+    state: SearchState = field(repr=False)  # to save, or to continue from with evolve(..., state=)
     held_out: dict[str, HeldOut] = field(default_factory=dict)  # a pipeline's, by SESConfig(report_rewards=)
 
     def save(self, path: str | os.PathLike[str]) -> None:

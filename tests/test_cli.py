@@ -233,7 +233,7 @@ BAD = {
     "height 0": (["generate", PROMPT, "--height", "0"], "--height: must be at least 1"),
     "popsize 0": (["generate", PROMPT, "--popsize", "0"], "--popsize: must be at least 1"),
     "elites 0": (["generate", PROMPT, "--elites", "0"], "--elites: must be at least 1"),
-    "level a word": (["generate", PROMPT, "--level", "deep"], "--level: needs a whole number, got 'deep'"),
+    "level a word": (["generate", PROMPT, "--level", "deep"], "--level: needs a whole number or \"auto\", got 'deep'"),
     "level below 0": (["generate", PROMPT, "--level", "-1"], "--level: must be at least 0"),
     "unknown wavelet": (["generate", PROMPT, "--wavelet", "db999"], "db999"),
     "unknown model": (

@@ -274,6 +274,16 @@ def test_a_size_beyond_its_positions_is_refused(pipe):
         pipe(CAPTION, height=1040, seed=0)
 
 
+def test_more_words_than_it_has_positions_for_are_refused(pipe):
+    silent = {"num_inference_steps": 1, "progress_bar_cmd": lambda steps: steps, "seed": 0}
+    most = " ".join(["red"] * 200)
+    assert pipe(most, **silent).size == (128, 128)
+    with pytest.raises(ValueError, match="reads up to 200 words, got 201"):
+        pipe(f"{most} red", **silent)
+    with pytest.raises(ValueError, match="reads up to 200 words, got 201"):
+        pipe("red", negative_prompt=f"{most} red", **silent)
+
+
 def test_arguments_by_position_go_where_the_stock_call_has_them():
     import ses_fast
 

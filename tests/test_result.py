@@ -81,3 +81,9 @@ def test_another_file_is_one_clear_error(tmp_path, write):
         SearchResult.load(tmp_path / "file")
     with pytest.raises(FileNotFoundError):
         SearchResult.load(tmp_path / "none")
+
+
+def test_a_result_is_printed_in_a_line_without_its_tensors():
+    result = ses_fast.evolve(torch.zeros(1, 2, 16, 16), lambda z: 1.5, 2, 2, 1, dwt_level=1, progress=False, seed=0)
+    text = repr(result)
+    assert "score=1.5" in text and "evaluations=2" in text and "tensor(" not in text and "\n" not in text

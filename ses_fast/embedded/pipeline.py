@@ -23,6 +23,7 @@ from . import models, world  # noqa: E402  (after the mend)
 
 SIZE = 128
 LARGEST = 1024  # the positions that the denoiser knows, in pixels
+MOST_WORDS = 200  # and in words; it was trained on captions of a dozen
 
 
 class EmbeddedPipeline(ZImagePipeline):
@@ -32,11 +33,14 @@ class EmbeddedPipeline(ZImagePipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `ZImagePipeline.__call__`, but for the default height and width. Warns of words it has never seen.
 
-        Raises ValueError above LARGEST pixels.
+        Raises ValueError above LARGEST pixels or MOST_WORDS words.
         """
         call = inspect.signature(super().__call__).bind(*args, **kwargs)
         call.arguments = {"height": SIZE, "width": SIZE} | call.arguments
         check_size(call.arguments["height"], call.arguments["width"])
+        for text in (call.arguments.get("prompt"), call.arguments.get("negative_prompt")):
+            if isinstance(text, str) and len(text.split()) > MOST_WORDS:
+                raise ValueError(f"the embedded model reads up to {MOST_WORDS} words, got {len(text.split())}")
         prompt, known = call.arguments.get("prompt", ""), world.vocabulary()
         unknown = [word for word in prompt.split() if word not in known] if isinstance(prompt, str) else []
         if unknown:

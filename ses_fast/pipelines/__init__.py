@@ -25,12 +25,12 @@ def enable(pipe: Any, *, compile: bool | str = False) -> Any:
         pipe(prompt, enable_ses=True, ses_reward_model="pick", ses_eval_budget=50, ses_inference_steps=8)
 
     Until `enable_ses=True` is given nothing changes: isinstance holds, and the images are bit for bit the
-    stock pipeline's. Enabling twice does nothing.
+    stock pipeline's. Enabling twice does nothing; with another `compile` it compiles, but only `disable` undoes it.
 
     compile: True compiles the repeated blocks of the user's own model with torch.compile, for previews and final
         images, with SES and without; "max-autotune" searches longer for fast kernels. The images then differ
-        by rounding, as after `pipe.compile_pipeline()`. The first call compiles, so does the first with another
-        image size or number of previews together, but not another prompt; `disable` undoes it.
+        by rounding, as after `pipe.compile_pipeline()`. The first call compiles; so does the first with another
+        image size or number of previews together, but not with another prompt.
 
     Raises ValueError for what is no supported pipeline, and for another `compile`.
     """

@@ -12,7 +12,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class SESConfig:
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
     generator: a CPU torch.Generator to draw from instead, as in `evolve`.
-    progress, time_limit, on_generation, backend: as in `evolve`.
+    progress, time_limit, on_generation, backend: as in `evolve`; the time to compile counts too.
     on_preview: called as on_preview(images, scores, generation, first) with each batch: images (n, 3, H, W)
         in [-1, 1], the scores as the reward gave them, the first one's number within its generation.
     state: `pipe.ses_result.state`, or a saved one, to go on from in the same call; ses_eval_budget is then
@@ -121,8 +121,9 @@ COMPILE_MODES: dict[bool | str, str] = {
     "default": "default",
     "max-autotune": "max-autotune-no-cudagraphs",
 }
-# A block is a graph for every size and number of candidates, and each of these for every state that VRAM management
-# and hot-loaded LoRAs give it. Past dynamo's own limit of 8 it would run uncompiled; at 256 dynamo has another.
+# A block has a graph for every image size and number of candidates, and each of these again for every state that VRAM
+# management and hot-loaded LoRAs give it. Past dynamo's recompile_limit, 8, it would run uncompiled. At 256 there is
+# dynamo's accumulated_recompile_limit: more would be of no use.
 MOST_GRAPHS = 256
 
 
@@ -252,6 +253,9 @@ class SESUnit:
     together: frozenset[str]  # those that may be given where several candidates go at once
     text: tuple[str, ...] = ()  # those of `together` that CFG's two sides can share a batch by: [1, ...] each
     refused: dict[str, str] = {}  # arguments of the call that SES cannot go with, and why
+    # What of a compiled block's inputs (by name) grows with the prompt: each tensor (None where it is not given) with
+    # the dimension that grows. None for all: every prompt is padded to one length.
+    grows_with_prompt: Callable[[Mapping[str, Any]], Sequence[tuple[Tensor | None, int]]] | None = None
     request: Request | None = None
 
     def __init__(self) -> None:
@@ -293,11 +297,6 @@ class SESUnit:
     def for_previews(self, shared: dict[str, Any]) -> dict[str, Any]:
         """The call's inputs, without what only the final image may have."""
         return shared
-
-    @staticmethod
-    def long_as_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor, int]]:
-        """Of the inputs of a block that is compiled, those that a longer prompt makes longer, and their dimension."""
-        return ()
 
     # ---- what all share
 
@@ -403,9 +402,9 @@ class Previews:
         given = [part.items() for part in (self.shared, posi, nega)]
         inputs = {name: value for items in given for name, value in items if value is not None}
         self.model_fn = unit.model_fn_together(pipe, inputs)
+        self.compiled = _compilation(pipe) is not None
         self.both = None if self.model_fn is None else self.both_sides()
         self.automatic = config.batch_size == "auto"
-        self.compiled = "_ses_compiled" in vars(pipe)
         n = _first_batch_size(config, pipe.device, shared["height"], shared["width"])
         alone = 1 if self.model_fn is None else n
         # How many go together; None where one alone is to show what fits. Tiles are for want of memory.
@@ -419,6 +418,8 @@ class Previews:
         """What the model takes of the prompt and of the negative one, joined: [2, ...]. None where they go apart."""
         if not self.unit.text or self.shared["cfg_scale"] == 1 or any(map(self.shared.get, ONE_SIDED_LORAS)):
             return None
+        if self.compiled and self.unit.grows_with_prompt is not None:
+            return None  # a prompt as long as the negative one would be compiled for twice as many rows
         if getattr(self.pipe.cfg_guided_model_fn, "__qualname__", "") != "BasePipeline.cfg_guided_model_fn":
             return None  # the user's own: it may guide otherwise
         both = {}
@@ -473,6 +474,7 @@ class Previews:
         answer: Tensor,  # [1, C, h, w]
     ) -> dict[str, HeldOut]:
         """What each reward of the request that took no part in the search says of both."""
+        self.together["denoise"] = 1  # as the final image: where blocks are compiled two would be filled up
         images = self.images(torch.cat([base, answer]), lambda stage: None)
         found = {}
         for name, reward in self.request.held_out.items():
@@ -504,7 +506,7 @@ class Previews:
                 held = torch.cuda.memory_allocated(device)
             try:
                 # One alone goes the final image's way, to be equal bit for bit.
-                with fast_linears(self.pipe) if n > 1 and not _on_gpu(device) else nullcontext():
+                with fast_linears(self.pipe, when=n > 1 and not _on_gpu(device)):
                     part = run(inputs[:n])
             except torch.OutOfMemoryError:
                 shared = stage == "denoise" and n > 1 and self.both is not None
@@ -515,7 +517,7 @@ class Previews:
                 if shared:
                     self.both = None
                 else:
-                    self.together[stage] = n // 2
+                    self.together[stage] = (self.rows(n) if stage == "denoise" else n) // 2
                 if _on_gpu(device):
                     torch.cuda.empty_cache()
                 continue
@@ -526,15 +528,20 @@ class Previews:
             inputs = inputs[n:]
         return torch.cat(done)
 
+    def rows(self, n: int) -> int:
+        """How many are denoised for n previews: a short batch would be compiled for itself, so it is filled up."""
+        if not self.compiled or n == 1:
+            return n
+        return max(n, min(self.together["denoise"] or 1, self.request.config.popsize, self.request.budget))
+
     def denoise(
         self,
         noises: Tensor,  # [n, C, h, w]
     ) -> Tensor:  # [n, C, h, w]
         """What the pipeline's own call does between its units and its decoder."""
         pipe, n = self.pipe, len(noises)
-        if self.compiled and n > 1:  # a short batch would be compiled for itself: it is as long as the others are
-            full = min(self.together["denoise"] or 1, self.request.config.popsize, self.request.budget)
-            noises = torch.cat([noises, noises[-1:].expand(max(0, full - n), *noises.shape[1:])])
+        if (more := self.rows(n) - n) > 0:
+            noises = torch.cat([noises, noises[-1:].expand(more, *noises.shape[1:])])
         inputs = {**self.shared, "noise": self.unit.pack(noises)}
         inputs["latents"] = _first_latents(self.scheduler, inputs["noise"], self.request.input_latents)
         for step, timestep in enumerate(self.scheduler.timesteps):
@@ -598,11 +605,12 @@ def compile_blocks(pipe: Any, family: type[SESUnit], mode: str) -> None:
     """Compiles the repeated blocks of the pipeline's models in place, as `pipe.compile_pipeline()` does.
 
     Shapes are static but for the prompt's length: another size, and another number of previews together, is compiled
-    anew, another prompt is not. Does nothing where it was done; another mode, or a model that was replaced, is
-    compiled anew. Raises ValueError where there is nothing to compile.
+    anew, another prompt is not. Z-Image's blocks get image and prompt as one sequence: there a size is not either.
+    Does nothing where it was done; another mode, or a model that was replaced, is compiled anew. Raises ValueError
+    where there is nothing to compile.
     """
     models = [getattr(pipe, name, None) for name in getattr(pipe, "compilable_models", ())]
-    done: Compiled | None = vars(pipe).get("_ses_compiled")
+    done = _compilation(pipe)
     if done is not None and done.mode == mode and all(a is b for a, b in zip(done.models, models, strict=True)):
         return
     _undo_compilation(pipe)
@@ -610,24 +618,27 @@ def compile_blocks(pipe: Any, family: type[SESUnit], mode: str) -> None:
     limit: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         limit["recompile_limit"] = MOST_GRAPHS
-    else:  # before torch 2.12 there is but one for all that is compiled
+    else:  # before torch 2.12 there is one for the whole process; it stays raised after `disable`
         torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     pipe.compile_pipeline(mode=mode, dynamic=False, **limit)
     changed = [(module, was) for module, was in before if module._compiled_call_impl is not was]
     if not changed:
         raise ValueError("the pipeline has no model to compile: load its dit first, or leave compile out")
-    for block, _ in changed:
-        block._compiled_call_impl = _for_any_prompt(block, family)
+    if family.grows_with_prompt is not None:
+        for block, _ in changed:
+            block._compiled_call_impl = _for_any_prompt(block, family.grows_with_prompt)
     pipe._ses_compiled = Compiled(mode, models, changed)
 
 
-def _for_any_prompt(block: Any, family: type[SESUnit]) -> Callable[..., Any]:
+def _for_any_prompt(block: Any, grows_with_prompt: Callable) -> Callable[..., Any]:
     """What `block` was compiled to, with the prompt's length marked as one that changes."""
-    compiled, signature = block._compiled_call_impl, inspect.signature(block.forward)
+    compiled = block._compiled_call_impl
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        for tensor, dimension in family.long_as_prompt(signature.bind(*args, **kwargs).arguments):
-            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+        for tensor, dimension in grows_with_prompt({**dict(zip(names, args, strict=False)), **kwargs}):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
         return compiled(*args, **kwargs)
 
     return call
@@ -640,6 +651,12 @@ class Compiled:
     mode: str
     models: list[Any]
     changed: list[tuple[Any, Any]]  # each block, and what it was compiled to before
+
+
+def _compilation(pipe: Any) -> Compiled | None:
+    """What `compile_blocks` left, if it still holds: a copy of the pipeline has the note, but no compiled blocks."""
+    done: Compiled | None = vars(pipe).get("_ses_compiled")
+    return done if done and all(module._compiled_call_impl is not None for module, _ in done.changed) else None
 
 
 def _undo_compilation(pipe: Any) -> None:

@@ -53,8 +53,10 @@ class QwenImage(SESUnit, PipelineUnit):
     refused = {"layer_num": "it makes several images of one noise, and a search scores one"}
 
     @staticmethod
-    def long_as_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor, int]]:
-        return [(block_inputs["text"], 1), (block_inputs["image_rotary_emb"][1], 0)]
+    def grows_with_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor | None, int]]:
+        _, positions = block_inputs.get("image_rotary_emb") or (None, None)  # of the image, of the prompt
+        mask = block_inputs.get("attention_mask")  # [1, 1, L + S, L + S]
+        return [(block_inputs.get("text"), 1), (positions, 0), (mask, 2), (mask, 3)]
 
     def decode(
         self,

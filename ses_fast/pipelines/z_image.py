@@ -32,7 +32,7 @@ def forward_together(
         prompt_embeds = prompt_embeds[0]
     n, channels = latents.shape[:2]
     (patches,), (text,), sequence = dit.patchify_and_embed(
-        [latents.flatten(0, 1)[:, None]],  # as one image of n * C channels, of one frame
+        [latents.flatten(0, 1)[:, None]],  # [n * C, 1, h, w]: as one image, for it makes positions for each
         [prompt_embeds],
     )
     patches = patches.unflatten(1, (-1, n, channels)).permute(2, 0, 1, 3).flatten(2)  # [n, S, 4 * C]
@@ -77,8 +77,9 @@ class ZImage(SESUnit, PipelineUnit):
         return None if omni else super().model_fn_together(pipe, inputs)
 
     @staticmethod
-    def long_as_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor, int]]:
-        return [(block_inputs["x"], 1), (block_inputs["freqs_cis"], 1)]  # image and text, joined
+    def grows_with_prompt(block_inputs: Mapping[str, Any]) -> Sequence[tuple[Tensor | None, int]]:
+        # image and prompt are one sequence: [n, S + L, ...]
+        return [(block_inputs.get(name), 1) for name in ("x", "freqs_cis", "attn_mask", "noise_mask")]
 
     def decode(
         self,

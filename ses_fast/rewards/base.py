@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -66,7 +66,8 @@ class Reward:
             raise ValueError(f"a reward needs images of shape (n, 3, H, W), n > 0; got {tuple(images.shape)}")
         if prompt != self._prompt:
             self._prompt, self._encoded = prompt, self.encode(prompt)
-        with fast_linears(self.model) if len(images) > 1 and self.device.type == "cpu" else nullcontext():
+        # One alone is scored as the model's own layers do.
+        with fast_linears(self.model, when=len(images) > 1 and self.device.type == "cpu"):
             return self.score(images, self._encoded).float()
 
     def to(self, device: torch.device | str) -> Self:
