@@ -141,13 +141,22 @@ def test_does_nothing_with(why, when, monkeypatch):
 
 
 class Quantised(torch.Tensor):
-    """A weight whose class knows linear, and nothing else; as torchao's, it says that it is fp32 and on the CPU."""
+    """A tensor whose class knows linear, and nothing else; as torchao's, it says that it is fp32 and on the CPU."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is nn.functional.linear:
             args = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@torch.no_grad()
+def test_an_input_of_a_class_of_its_own_goes_to_that_class():
+    layer, inputs = nn.Linear(256, 256), torch.randn(64, 256).as_subclass(Quantised)
+    expected = layer(inputs)
+    with fast_linears(layer):
+        found, calls = counted(lambda: layer(inputs))
+    assert calls == 0 and torch.equal(found, expected)
 
 
 @torch.no_grad()

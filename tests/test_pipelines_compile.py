@@ -157,6 +157,10 @@ def test_a_block_that_somebody_wrapped_is_called_as_before():
         block.forward = lambda *args, _own=block.forward, **kwargs: _own(*args, **kwargs)
     ses_fast.enable(without_code(pipe), compile=True)
     assert abs(np.asarray(pipe(**BASE)).astype(int) - stock).max() <= 1  # of 255
+    pipe(**BASE | SES)
+    first = graphs()
+    pipe(**BASE | SES | {"prompt": PROMPTS[9]})
+    assert graphs() == first
 
 
 def test_a_copy_is_not_compiled_and_can_be():
