@@ -19,10 +19,10 @@ def fast_linears(model: nn.Module, when: bool = True) -> Iterator[None]:
     torch gives them to MKL, which can be slower (`python -m bench.cpu`: by half on an AMD EPYC). Their weights stay as
     they are, and so do layers of other classes or with other weights (quantised, offloaded, with a LoRA), what is
     computed with gradients or under autocast, and products below `LEAST_WORK`, where the model is not compiled. Does
-    nothing where torch lacks one of the two libraries.
+    nothing where torch lacks one of the two libraries, or oneDNN is turned off (`torch.backends.mkldnn.flags`).
     """
     layers = []
-    if when and _both_libraries():
+    if when and torch.backends.mkldnn.enabled and _both_libraries():
         layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _suits(layer)]
     try:
         for layer in layers:
@@ -54,9 +54,11 @@ class _Linear(nn.Linear):
 
 
 def _suits(layer: nn.Linear) -> bool:
-    """Whether its weights are plain ones: quantised and distributed ones are of classes of their own."""
+    """Whether its weights are plain ones: not sparse, nor of a class of their own (quantised, distributed)."""
     weights = [each for each in (layer.weight, layer.bias) if each is not None]
-    return all(type(each) is nn.Parameter and _on_cpu_in_fp32(each) for each in weights)
+    return all(
+        type(each) is nn.Parameter and each.layout == torch.strided and _on_cpu_in_fp32(each) for each in weights
+    )
 
 
 def _linear(

@@ -102,11 +102,17 @@ class Block(nn.Module):
         return self.second(self.first(inputs).tanh())
 
 
+def sparse(layer):
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    return layer
+
+
 OTHERS = {
     "a class of its own": lambda: Own(256, 256),
     "bf16": lambda: nn.Linear(256, 256, dtype=torch.bfloat16),
     "fp64": lambda: nn.Linear(256, 256, dtype=torch.float64),
     "on no device": lambda: nn.Linear(256, 256, device="meta"),
+    "sparse": lambda: sparse(nn.Linear(256, 256)),
 }
 
 
@@ -121,11 +127,14 @@ def test_other_layers_stay_what_they_are(kind):
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
-@pytest.mark.parametrize("why", ["gradients", "autocast", "no oneDNN"])
+@pytest.mark.parametrize("why", ["gradients", "autocast", "no oneDNN", "oneDNN turned off"])
 def test_does_nothing_with(why, when, monkeypatch):
     layer, inputs = nn.Linear(256, 256), torch.randn(64, 256, requires_grad=True)
     if why == "no oneDNN":
         monkeypatch.setattr("ses_fast.cpu._both_libraries", lambda: False)
+
+    if why == "oneDNN turned off":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
     @contextmanager
     def reason():

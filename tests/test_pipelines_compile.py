@@ -175,6 +175,19 @@ def test_a_copy_is_not_compiled_and_can_be():
     assert compiled(twin) == [] and compiled(pipe) == blocks(pipe)
 
 
+def test_a_copy_of_what_the_user_had_compiled_gets_none_of_the_originals_blocks():
+    pipe = without_code(tiny_z_image())
+    pipe.compile_pipeline()
+    ses_fast.enable(pipe, compile=True)
+    twin = copy.deepcopy(pipe)
+    twin.dit = twin.dit.apply(lambda module: [each.data.mul_(1.1) for each in module.parameters(recurse=False)])
+    expected = np.asarray(twin(**BASE))
+    assert not np.array_equal(expected, np.asarray(pipe(**BASE)))
+    ses_fast.disable(twin)
+    assert compiled(twin) == []
+    assert np.array_equal(np.asarray(twin(**BASE)), expected)
+
+
 def test_a_short_batch_halves_what_went_through_the_model(monkeypatch):
     """Room for 2: the batch of 3, filled up to 4, does not fit; 2 do."""
     pipe, sizes = traced("Z-Image"), []

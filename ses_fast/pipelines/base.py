@@ -604,10 +604,10 @@ def compile_mode(compile: bool | str) -> str | None:
 def compile_blocks(pipe: Any, family: type[SESUnit], mode: str) -> None:
     """Compiles the repeated blocks of the pipeline's models in place, as `pipe.compile_pipeline()` does.
 
-    Shapes are static but for the prompt's length: another size, and another number of previews together, is compiled
-    anew, another prompt is not. Z-Image's blocks get image and prompt as one sequence: there a size is not either.
-    Does nothing where it was done; another mode, or a model that was replaced, is compiled anew. Raises ValueError
-    where there is nothing to compile.
+    Shapes are static but for the prompt's length: another size, and another number of previews together (with CFG it
+    may be twice as many), is compiled anew, another prompt is not. Z-Image's blocks get image and prompt as one
+    sequence: there a size is not either. Does nothing where it was done; another mode, or a model that was replaced,
+    is compiled anew. Raises ValueError where there is nothing to compile.
     """
     models = [getattr(pipe, name, None) for name in getattr(pipe, "compilable_models", ())]
     done = _compilation(pipe)
@@ -660,7 +660,8 @@ def _compilation(pipe: Any) -> Compiled | None:
 
 
 def _undo_compilation(pipe: Any) -> None:
-    done: Compiled | None = vars(pipe).pop("_ses_compiled", None)
+    done = _compilation(pipe)  # a copy's note is of the original's blocks
+    vars(pipe).pop("_ses_compiled", None)
     for module, before in done.changed if done else ():
         module._compiled_call_impl = before
 
