@@ -216,10 +216,10 @@ LIMITED = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 @pytest.mark.parametrize(
     "torch_is",
-    [pytest.param("this", marks=pytest.mark.skipif(not LIMITED, reason="torch.compile has no limit")), "before 2.12"],
+    [pytest.param("this", marks=pytest.mark.skipif(not LIMITED, reason="torch.compile has no limit")), "2.11"],
 )
 def test_many_sizes_stay_within_the_limit(torch_is, monkeypatch):
-    if torch_is == "before 2.12":
+    if torch_is == "2.11":
         ours = torch.compile
 
         def compile_(model, mode, dynamic, fullgraph, backend):  # takes no recompile_limit

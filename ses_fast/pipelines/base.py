@@ -618,7 +618,7 @@ def compile_blocks(pipe: Any, family: type[SESUnit], mode: str) -> None:
     limit: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         limit["recompile_limit"] = MOST_GRAPHS
-    else:  # before torch 2.12 there is one for the whole process; it stays raised after `disable`
+    else:  # torch 2.11 has one for the whole process; it stays raised after `disable`
         torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     pipe.compile_pipeline(mode=mode, dynamic=False, **limit)
     changed = [(module, was) for module, was in before if module._compiled_call_impl is not was]
