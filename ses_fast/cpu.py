@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# Multiplications of a layer. Below, oneDNN's dearer call (12 us, MKL's 3) costs more than it gains.
+# Multiplications of a layer. Below, oneDNN's call, which is dearer than MKL's, costs more than it gains.
 LEAST_WORK = 2**21
 
 
@@ -85,8 +85,8 @@ def _on_cpu_in_fp32(tensor: Tensor) -> bool:
 def keep_memory() -> None:
     """Lets the C library keep up to 64 MiB of freed memory for the tensors to come, as long as the process lasts.
 
-    Above a threshold glibc gives what is freed back to the system, which then clears every page of it again: that was a
-    fifth of the time of small previews. It raises the threshold to twice the largest block of up to 32 MiB that was
+    Above a threshold glibc gives what is freed back to the system, which then clears every page of it again: in
+    small previews layer after layer. It raises the threshold to twice the largest block of up to 32 MiB that was
     ever freed (mallopt(3), M_MMAP_THRESHOLD). Other C libraries are left as they are.
     """
     # Just below 32 MiB with the block's own header. Never written to, it takes no memory.
