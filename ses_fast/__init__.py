@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import embedded, ops
-    from .loop import SearchResult, evolve, search
+    from .loop import evolve, search
     from .ops import set_backend
     from .pipelines import SESConfig, disable, enable
+    from .result import SearchResult
     from .rewards import load_reward, unload_rewards
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
 
 _MODULE_OF = {
     "SESConfig": "pipelines",
-    "SearchResult": "loop",
+    "SearchResult": "result",
     "disable": "pipelines",
     "enable": "pipelines",
     "evolve": "loop",

@@ -12,7 +12,7 @@ State in, state out; nothing here calls an objective:
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ops, spectral
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-STATE_FORMAT = 1  # raised when an old state_dict would no longer continue bit for bit
+STATE_FORMAT = 2  # raised when an old state_dict would no longer continue bit for bit
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class SearchState:
     told: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, minus infinity if not finite
     waiting: tuple[Tensor, ...]  # [n] fp64 each, as they came: the scores of the generation under way
     evaluations: int  # how many scores there are in all
+    members: Mapping[str, Tensor] = field(default_factory=dict)  # [evaluations] fp64 each, raw, of combined rewards
+    about: Mapping[str, Any] = field(default_factory=dict)  # `Objective.about`: what the scores depend on, as JSON
 
     @property
     def generation(self) -> int:
@@ -118,6 +120,9 @@ class SearchState:
         state = {f.name: getattr(self.config, f.name) for f in fields(EvolutionConfig)}
         state |= {"format": STATE_FORMAT, "include_base": self.include_base, "seed": self.seed}
         state |= {name: getattr(self, name).cpu().contiguous() for name in (*_SAVED, "scores")}
+        state |= {"about": dict(self.about), "members": list(self.members)}
+        if self.members:
+            state["member_scores"] = torch.stack(list(self.members.values()))  # [M, evaluations]
         if self.drawn is not None:
             state["generator_state"] = self.drawn.where(self.generation)
         return state
@@ -126,9 +131,14 @@ class SearchState:
     def load_state_dict(state: Mapping[str, Any], *, backend: str | None = None) -> "SearchState":
         """The state that `state_dict` wrote; continues bit for bit. Raises ValueError for any other dict."""
         settings = [f.name for f in fields(EvolutionConfig)]
-        if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
-            raise ValueError(f"not a search state: a dict with format={STATE_FORMAT}, as state_dict() makes it")
-        if missing := {*settings, *_SAVED, "scores", "include_base", "seed"} - state.keys():
+        if not isinstance(state, Mapping) or "format" not in state:
+            raise ValueError("not a search state: a dict as state_dict() makes it")
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(
+                f"not a search state of format {STATE_FORMAT}, which this version of ses_fast goes on with: its format "
+                f"is {state['format']!r}. Search again, or go on with the version that saved it"
+            )
+        if missing := {*settings, *_SAVED, "scores", "include_base", "seed", "about", "members"} - state.keys():
             raise ValueError(f"the search state lacks {', '.join(sorted(missing))}")
         config = EvolutionConfig(**{name: state[name] for name in settings})
         check_base(state["base"])
@@ -147,6 +157,8 @@ class SearchState:
             told=generations[:complete],
             waiting=generations[complete:],
             evaluations=len(state["scores"]),
+            members=_check_members(state),
+            about=state["about"],
             **{name: state[name] for name in _SAVED},
         )
 
@@ -179,6 +191,21 @@ def _check_saved(state: Mapping[str, Any], config: EvolutionConfig, size: int) -
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the search state's generator_state is none of a torch.Generator: {error}") from error
     return generator
+
+
+def _check_members(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The raw scores of combined rewards. ValueError where they do not fit the scores, or `about` is no dict."""
+    names, count = state["members"], len(state["scores"])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"the search state's members must be a list of different names, got {names!r}")
+    if not isinstance(state["about"], Mapping):
+        raise ValueError(f"the search state's about must be a dict, got {type(state['about']).__name__}")
+    scores = state.get("member_scores")
+    if not names and scores is None:
+        return {}
+    if not isinstance(scores, Tensor) or scores.dtype != torch.float64 or scores.shape != (len(names), count):
+        raise ValueError(f"the search state's member_scores must be torch.float64 of shape {(len(names), count)}")
+    return dict(zip(names, scores, strict=True))
 
 
 _SAVED = ("base", "mean", "variance", "elite_low", "elite_scores")
@@ -283,6 +310,7 @@ def tell(
     low: Tensor,  # [P, D] from `ask`
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
     *,
+    members: Mapping[str, Tensor] | None = None,  # [n] each: the raw scores that `scores` combines
     backend: str | None = None,
 ) -> SearchState:
     """The state with n more scores. They wait until their generation is complete, which moves the mean.
@@ -293,6 +321,8 @@ def tell(
     left = state.config.popsize - state.index
     if scores.ndim != 1 or not 1 <= scores.numel() <= left:
         raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
+    if members or state.members:
+        state = replace(state, members=_more_members(state, members or {}))
     evaluations = state.evaluations + scores.numel()
     if scores.numel() < left:
         # A copy: the objective may use its tensor again.
@@ -321,6 +351,16 @@ def tell(
         mean=elites.mean,
         variance=elites.variance,
     )
+
+
+def _more_members(state: SearchState, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if state.evaluations and members.keys() != state.members.keys():
+        raise ValueError(f"the scores combine {sorted(members)}, those before {sorted(state.members)}")
+    before = torch.empty(0, dtype=torch.float64, device="cpu")
+    return {
+        name: torch.cat([state.members.get(name, before), new.detach().to("cpu", torch.float64)])
+        for name, new in members.items()
+    }
 
 
 @torch.no_grad()

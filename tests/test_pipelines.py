@@ -15,7 +15,7 @@ from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
 from ses_fast.evolution import EvolutionConfig
 from ses_fast.loop import evolve
-from ses_fast.pipelines.base import SESUnit
+from ses_fast.pipelines.diffsynth.unit import SESUnit
 
 mend_torchvision()
 
@@ -321,7 +321,7 @@ def test_every_setting_reaches_the_search(pipe, capsys, monkeypatch):
     _, result, _ = search(pipe, budget=4, wavelet_name="db2", k_elites=3, popsize=4, dwt_level=1)
     assert result.state.config == EvolutionConfig(4, 3, "db2", 1)
     asked = []
-    monkeypatch.setattr("ses_fast.pipelines.base.evolve", lambda *a, **k: asked.append(k) or evolve(*a, **k))
+    monkeypatch.setattr("ses_fast.pipelines.run.evolve", lambda *a, **k: asked.append(k) or evolve(*a, **k))
     search(pipe, budget=1, backend="torch", time_limit=5.0)
     assert (asked[0]["backend"], asked[0]["time_limit"], asked[0]["include_base"]) == ("torch", 5.0, True)
     assert "SES" not in capsys.readouterr().err
@@ -647,7 +647,8 @@ def test_settings_check_themselves(settings, message):
     "arguments, error, message",
     [
         pytest.param({"enable_ses": 1}, ValueError, "enable_ses must be True or False", id="a number"),
-        pytest.param({"ses_eval_budget": 0}, ValueError, "ses_eval_budget must be at", id="no budget"),
+        pytest.param({"ses_eval_budget": -1}, ValueError, "ses_eval_budget must be at", id="a negative budget"),
+        pytest.param({"prompt": "a \ud800 fox"}, ValueError, "not valid Unicode", id="half a character"),
         pytest.param({"ses_eval_budget": 9.5}, ValueError, "ses_eval_budget must be a", id="half a preview"),
         pytest.param({"ses_inference_steps": 0}, ValueError, "ses_inference_steps must be", id="no steps"),
         pytest.param({"ses_inference_steps": "8"}, ValueError, "ses_inference_steps must be", id="a string"),
@@ -719,19 +720,34 @@ def test_a_unit_that_was_lost_is_not_ignored(pipe, monkeypatch):
 @pytest.mark.parametrize(
     "scores, message",
     [
-        pytest.param([1.0, 2.0, 3.0], "held-out reward 'odd' gave scores of shape", id="too many"),
-        pytest.param(0.5, "held-out reward 'odd' gave scores of shape", id="one number"),
+        pytest.param([1.0, 2.0, 3.0], "held-out reward 'odd' must return 1 scores", id="too many"),
+        pytest.param("good", "held-out reward 'odd' must return 1 numbers", id="a word"),
     ],
 )
-def test_a_held_out_reward_of_the_wrong_shape_is_named_and_nothing_is_lost(pipe, scores, message):
-    with pytest.raises(ValueError, match=message) as caught:
+def test_a_held_out_reward_of_the_wrong_shape_is_named_before_the_search_is_paid(pipe, scores, message):
+    with pytest.raises(ValueError, match=message):
         search(pipe, budget=3, report_rewards={"odd": lambda images, prompt: scores})
-    assert caught.value.ses_result is pipe.ses_result and pipe.ses_result.evaluations == 3
+    assert pipe.ses_result is None
 
 
-def test_weighed_rewards_that_saw_no_generation_cannot_be_held_out(pipe):
+def test_a_reward_of_one_float_serves_a_search_and_judges_it(pipe):
+    """One number an image is a score everywhere, where images come one by one."""
+
+    def one_float(images, prompt):
+        return float(brightness(images, prompt))
+
+    config = SESConfig(**QUIET, report_rewards={"float": one_float})
+    pipe(**BASE | SES | {"ses_reward_model": one_float}, ses_eval_budget=3, ses_config=config)
+    held = pipe.ses_result.held_out["float"]
+    assert held.base == pytest.approx(pipe.ses_result.base_score, abs=0.01)  # of the picture, in 8 bits
+    assert held.answer == pytest.approx(pipe.ses_result.score, abs=0.01)
+
+
+def test_weighted_rewards_without_a_scale_cannot_be_held_out(pipe):
     from ses_fast.rewards.weighted import WeightedReward
 
     mixed = WeightedReward({"a": brightness}, {"a": 1.0})
-    with pytest.raises(ValueError, match="'mix' weighs several"):
+    with pytest.raises(ValueError, match="'mix' is a sum of several"):
         search(pipe, budget=3, report_rewards={"mix": mixed})
+    scaled = WeightedReward({"a": brightness}, {"a": 1.0}, scale={"a": (0.0, 1.0)})
+    assert search(pipe, budget=3, report_rewards={"mix": scaled})[1].held_out.keys() == {"mix"}

@@ -12,7 +12,7 @@ from PIL import Image
 import ses_fast
 from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
-from ses_fast.pipelines.base import MOST_GRAPHS
+from ses_fast.pipelines.compiling import MOST_GRAPHS
 
 mend_torchvision()
 

@@ -9,7 +9,8 @@ import torch
 import ses_fast
 from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
-from ses_fast.pipelines.base import SESUnit, _first_batch_size
+from ses_fast.pipelines.batching import first_size
+from ses_fast.pipelines.diffsynth.unit import SESUnit
 
 mend_torchvision()
 
@@ -203,10 +204,9 @@ def test_the_users_own_guidance_is_not_bypassed(pipe, monkeypatch):
     ],
 )
 def test_the_automatic_batch_on_a_cpu_is_up_to_a_million_pixels(height, width, popsize, together):
-    config = SESConfig(batch_size="auto", popsize=popsize)
-    assert _first_batch_size(config, "cpu", height, width) == together
-    assert _first_batch_size(config, "cuda:1", height, width) is None  # one alone shows what fits
-    assert _first_batch_size(SESConfig(batch_size=3), "cpu", height, width) == 3
+    assert first_size("auto", popsize, "cpu", height, width) == together
+    assert first_size("auto", popsize, "cuda:1", height, width) is None  # one alone shows what fits
+    assert first_size(3, popsize, "cpu", height, width) == 3
 
 
 @pytest.mark.parametrize("family", ["Z-Image"])
@@ -221,7 +221,7 @@ def test_the_automatic_batch_on_a_gpu_is_what_one_alone_shows_to_fit(pipe, monke
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr("ses_fast.pipelines.base._on_gpu", lambda device: True)
+    monkeypatch.setattr("ses_fast.pipelines.batching.on_gpu", lambda device: True)
     steps = {"num_inference_steps": 1, "ses_inference_steps": 1}
     assert forwards(pipe, steps, popsize=6, batch_size="auto") == [1, 2, 1, 1]
 

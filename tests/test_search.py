@@ -11,7 +11,8 @@ import torch
 import ses_fast
 from ses_fast import spectral
 from ses_fast.evolution import EvolutionConfig, SearchState, ask, start
-from ses_fast.loop import STAGES, Evaluation
+from ses_fast.recorder import STAGES
+from ses_fast.result import Evaluation
 
 # Longer wavelets on 16 pixels, which is enough here, have but one useful level.
 pytestmark = pytest.mark.filterwarnings("ignore:level 2 is too high")
@@ -405,7 +406,7 @@ def test_an_exception_that_takes_no_attribute_carries_it_all_the_same() -> None:
 
 def test_a_result_that_cannot_be_built_does_not_hide_the_exception(monkeypatch) -> None:
     error = RuntimeError("device lost")
-    monkeypatch.setattr("ses_fast.loop.leader", raiser(MemoryError("no memory"), after=0))
+    monkeypatch.setattr("ses_fast.recorder.leader", raiser(MemoryError("no memory"), after=0))
     with pytest.raises(RuntimeError) as caught:
         evolve(raiser(error, after=3))
     assert caught.value is error
@@ -444,7 +445,7 @@ def test_seconds_by_stage() -> None:
 
 def test_time_limit_ends_between_batches(monkeypatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("ses_fast.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ses_fast.stopwatch.time.perf_counter", lambda: clock[0])
     plain = Objective()
 
     def slow(z: torch.Tensor) -> list[float]:

@@ -1,22 +1,14 @@
-"""The documented call on DiffSynth-Studio's pipelines: `enable`, `disable` and `SESConfig`.
-
-A family is one file here and one line in `FAMILIES`.
-"""
+"""The documented call on a library's pipelines: `enable`, `disable` and `SESConfig`."""
 
 from importlib import import_module
 from typing import Any
 
-from .base import SESConfig, SESPipeline, SESUnit, compile_blocks, compile_mode, install, remove
+from .config import SESConfig
 
 __all__ = ["SESConfig", "disable", "enable"]
 
-# DiffSynth's class -> module:class of what is the family's own, imported when such a pipeline is enabled.
-FAMILIES = {
-    "Flux2ImagePipeline": "flux2:Flux2",
-    "FluxImagePipeline": "flux:Flux",
-    "QwenImagePipeline": "qwen_image:QwenImage",
-    "ZImagePipeline": "z_image:ZImage",
-}
+# A library that SES knows, in the order it is asked -> the module here that adapts it: `family_of`, `enable`, `disable`.
+ADAPTERS = {"DiffSynth-Studio": "diffsynth"}
 
 
 def enable(pipe: Any, *, compile: bool | str = False) -> Any:
@@ -34,28 +26,24 @@ def enable(pipe: Any, *, compile: bool | str = False) -> Any:
 
     Raises ValueError for what is no supported pipeline, and for another `compile`.
     """
-    family, mode = _family(pipe), compile_mode(compile)
-    if mode is not None:
-        compile_blocks(pipe, family, mode)
-    install(pipe, family)
+    _adapter(pipe).enable(pipe, compile)
     return pipe
 
 
 def disable(pipe: Any) -> Any:
     """Makes an enabled pipeline the stock one again, and returns the same object. Raises as `enable` does."""
-    _family(pipe)
-    if isinstance(pipe, SESPipeline):
-        remove(pipe)
+    _adapter(pipe).disable(pipe)
     return pipe
 
 
-def _family(pipe: Any) -> type[SESUnit]:
-    for cls in type(pipe).__mro__:
-        # diffusers has classes of the same names
-        if cls.__name__ in FAMILIES and cls.__module__.partition(".")[0] == "diffsynth":
-            module, name = FAMILIES[cls.__name__].split(":")
-            return getattr(import_module(f"{__name__}.{module}"), name)
+def _adapter(pipe: Any) -> Any:
+    known = {}
+    for library, name in ADAPTERS.items():
+        adapter = import_module(f"{__name__}.{name}")
+        if adapter.family_of(pipe) is not None:
+            return adapter
+        known[library] = adapter.FAMILIES
     raise ValueError(
-        f"SES does not know {type(pipe).__module__}.{type(pipe).__qualname__}; "
-        f"the supported pipelines are DiffSynth-Studio's {', '.join(sorted(FAMILIES))}"
+        f"SES does not know {type(pipe).__module__}.{type(pipe).__qualname__}; the supported pipelines are "
+        + "; ".join(f"{library}'s {', '.join(sorted(families))}" for library, families in known.items())
     )

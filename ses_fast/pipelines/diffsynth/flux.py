@@ -5,14 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torchvision import mend_torchvision
+from diffsynth.diffusion.base_pipeline import PipelineUnit
+from diffsynth.pipelines.flux_image import model_fn_flux_image
 
-mend_torchvision()
-
-from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
-from diffsynth.pipelines.flux_image import model_fn_flux_image  # noqa: E402
-
-from .base import SESUnit  # noqa: E402
+from .unit import SESUnit
 
 
 class Flux(SESUnit, PipelineUnit):

@@ -5,14 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torchvision import mend_torchvision
+from diffsynth.diffusion.base_pipeline import PipelineUnit
+from diffsynth.pipelines.flux2_image import model_fn_flux2
 
-mend_torchvision()
-
-from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
-from diffsynth.pipelines.flux2_image import model_fn_flux2  # noqa: E402
-
-from .base import SESUnit  # noqa: E402
+from .unit import SESUnit
 
 
 class Flux2(SESUnit, PipelineUnit):

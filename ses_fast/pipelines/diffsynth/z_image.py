@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torchvision import mend_torchvision
+from diffsynth.diffusion.base_pipeline import PipelineUnit
+from diffsynth.pipelines.z_image import model_fn_z_image, model_fn_z_image_turbo
 
-mend_torchvision()
-
-from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
-from diffsynth.pipelines.z_image import model_fn_z_image, model_fn_z_image_turbo  # noqa: E402
-
-from .base import SESUnit  # noqa: E402
+from .unit import SESUnit
 
 
 def forward_together(

@@ -1,0 +1,61 @@
+"""What a search scores its candidates by: the protocol, and how a plain function takes part in it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .scores import as_scores
+
+
+class Scored(NamedTuple):
+    """Scores of the next candidates of a generation, in their order."""
+
+    scores: Tensor  # [n] fp64, higher is better
+    members: Mapping[str, Tensor] = {}  # [n] fp64 each: the raw scores of several rewards, where `scores` combines them
+    why_not_finite: str = ""  # which part first gave a value that is not finite, where that was looked for
+
+
+Report = Callable[[Scored], bool]  # takes scores as they come; False: no more are wanted, the time is over
+
+
+class Objective(ABC):
+    """Scores a generation, in as many batches as it likes."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What the scores depend on beside the candidates, as JSON: kept in the search's state."""
+        return {}
+
+    def resume(self, about: Mapping[str, Any]) -> None:
+        """Takes up a search whose state says `about`. Raises ValueError where its scores are of something else."""
+        if about:
+            raise ValueError(
+                "the state is of another search: its scores come from a pipeline's call "
+                f"({', '.join(f'{name} {value!r}' for name, value in about.items() if isinstance(value, str))}), and "
+                "this objective does not say what it scores. Go on with it by that call"
+            )
+
+    @abstractmethod
+    def score(
+        self,
+        candidates: Tensor,  # [n, ..., H, W], all of one generation
+        generation: int,
+        first: int,  # the first one's index within the generation
+        report: Report,
+    ) -> None:
+        """Reports the scores of all n, batch after batch. What was reported survives an exception."""
+
+
+class FunctionObjective(Objective):
+    """A function of latents as `evolve` takes it, called with up to `batch_size` candidates."""
+
+    def __init__(self, function: Callable[[Tensor], Any], batch_size: int = 1) -> None:
+        self.function, self.batch_size = function, batch_size
+
+    def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
+        for batch in candidates.split(self.batch_size):
+            scores = as_scores(self.function(batch), len(batch), "the objective", batch.device)
+            if not report(Scored(scores)):
+                return

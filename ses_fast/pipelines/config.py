@@ -1,0 +1,130 @@
+"""The settings of a search that the documented arguments do not say."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..evolution import EvolutionConfig, SearchState, check_base, check_noise, whole_number
+from ..loop import check_options, check_state
+from ..result import SearchResult
+
+# Fields that belong to one call: compared by identity, and printed in a word.
+CARRIED = ("generator", "on_generation", "on_preview", "state", "latents", "report_rewards")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SESConfig:
+    """What the documented arguments do not say about a search. Raises ValueError for impossible values.
+
+    popsize, k_elites, wavelet_name: as in `evolve`.
+    dwt_level: a number, or "auto": 4 from 1024 pixels on the shorter side, one less with each halving,
+        never below 1; with `state` the state's.
+    batch_size: how many previews are denoised together; they change by rounding only. Where the call's inputs
+        allow no batch they go one by one, with a warning. "auto": on a GPU what fits in its free memory, halved
+        if that runs out; on a CPU up to a million pixels. With "auto", and under VRAM management, scoring,
+        on_preview and time_limit come once a generation.
+    include_base: the seed's own noise is the first candidate: the answer is never worse than it.
+    seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
+    generator: a CPU torch.Generator to draw from instead, as in `evolve`.
+    progress, time_limit, on_generation, backend: as in `evolve`; the time to compile counts too.
+    on_preview: called as on_preview(images, scores, generation, first) with each batch: images (n, 3, H, W)
+        in [-1, 1], the scores as the reward gave them, the first one's number within its generation.
+    state: `pipe.ses_result.state`, or a saved one, to go on from in the same call; ses_eval_budget is then
+        the total. Without the call's seed the base noise comes from the state. A state of another prompt, reward,
+        preview or pipeline is refused.
+    latents: `pipe.ses_result.latents`, or others of that shape, to render in full (with more steps, another
+        LoRA) without a search; then `pipe.ses_result` is None.
+    report_rewards: rewards that take no part in the search, by name (or a dict of names to loaded ones). Each
+        scores two images, into result.held_out: the one that the call returns, and the one that it would return
+        without a search. That one is rendered in full first, one image more. An answer that its own reward likes
+        and the others do not has been searched too hard.
+    """
+
+    popsize: int = 10
+    k_elites: int = 5
+    wavelet_name: str = "db1"
+    dwt_level: int | str = "auto"
+    batch_size: int | str = 1
+    include_base: bool = True
+    seed: int | None = None
+    generator: torch.Generator | None = None
+    progress: bool = True
+    time_limit: float | None = None
+    on_generation: Callable[[SearchResult], Any] | None = None
+    on_preview: Callable[[Tensor, Any, int, int], Any] | None = None
+    state: SearchState | None = None
+    latents: Tensor | None = None  # [1, C, h, w]
+    backend: str | None = None
+    report_rewards: Sequence[str] | Mapping[str, Callable[[Tensor, str], Any]] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dwt_level, str) and self.dwt_level != "auto":
+            raise ValueError(f'dwt_level must be a whole number or "auto", got {self.dwt_level!r}')
+        self.evolution(1024, 1024)
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f'batch_size must be a whole number or "auto", got {self.batch_size!r}')
+        if not isinstance(self.batch_size, str):
+            object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, 1))
+        check_noise(self.seed, self.generator)
+        for name in ("include_base", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_options(on_generation=self.on_generation, on_preview=self.on_preview, time_limit=self.time_limit)
+        if self.state is not None:
+            check_state(self.state, self.evolution(1024, 1024), self.seed, self.generator, self.include_base)
+        if self.latents is not None:
+            check_base(self.latents)
+            if self.state is not None:
+                raise ValueError("give latents= to render them or state= to go on with a search, not both")
+            if self.report_rewards:
+                raise ValueError("report_rewards judge what a search found: leave it out with latents=")
+        _check_report_rewards(self.report_rewards)
+        if self.backend is not None and self.backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {self.backend!r}")
+
+    def evolution(self, height: int, width: int) -> EvolutionConfig:
+        """The search's own settings for an image of height x width pixels."""
+        level = self.dwt_level
+        if isinstance(level, str) and isinstance(self.state, SearchState):
+            level = self.state.config.dwt_level
+        if isinstance(level, str):
+            level = min(4, max(1, (min(height, width) // 64).bit_length() - 1))
+        return EvolutionConfig(self.popsize, self.k_elites, self.wavelet_name, level)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SESConfig):
+            return NotImplemented
+        return all(
+            getattr(self, f.name) is getattr(other, f.name)
+            or (f.name not in CARRIED and getattr(self, f.name) == getattr(other, f.name))
+            for f in fields(self)
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self) if f.name not in CARRIED))
+
+    def __repr__(self) -> str:
+        given = ((f, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default)
+        return f"SESConfig({', '.join(f'{f.name}={_in_a_word(f.name, value)}' for f, value in given)})"
+
+
+def _in_a_word(name: str, value: Any) -> str:
+    if name == "report_rewards":
+        return repr(list(value))
+    return f"<{type(value).__name__}>" if name in CARRIED else repr(value)
+
+
+def _check_report_rewards(rewards: Any) -> None:
+    if isinstance(rewards, Mapping):
+        if not all(isinstance(name, str) and callable(reward) for name, reward in rewards.items()):
+            raise ValueError(f"report_rewards must be names, or a dict of names to rewards; got {rewards!r}")
+    elif isinstance(rewards, str) or not isinstance(rewards, Sequence):
+        raise ValueError(f'report_rewards must be a list of names, as ["hps"], or a dict; got {rewards!r}')
+    elif rewards:
+        from ..rewards import check_names
+
+        check_names(*rewards)

@@ -1,0 +1,238 @@
+"""The documented call: the class that an enabled pipeline of DiffSynth has before its own.
+
+A pipeline's own call runs its units (prompt, noise, ...), denoises and decodes. `install` gives the pipeline a subclass
+whose call leaves a `Request`, and appends a unit that answers it: it searches for a better noise and puts it in place.
+So the prompt is encoded once, and the final image comes from the stock code. Imports no diffsynth.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...result import HeldOut, SearchResult
+from ..compiling import NOTE, CompileClock, undo_compilation
+from ..config import SESConfig
+from ..request import Request, facts, make_request
+from ..run import judge
+from .schedule import Schedule
+from .unit import PER_CALL_LORAS, SESUnit
+
+# Arguments of the call that no preview depends on, or that a state holds in another form.
+NOT_OF_A_PREVIEW = {"prompt", "seed", "rand_device", "initial_noise", "num_inference_steps", "progress_bar_cmd"}
+
+
+class SESPipeline:
+    """The documented call; `install` puts this class before the pipeline's own."""
+
+    ses_result: SearchResult | None = None
+    _ses_stock: type  # the pipeline's own class
+
+    def __call__(
+        self: Any,
+        *args: Any,
+        enable_ses: bool = False,
+        ses_reward_model: Any = "pick",
+        ses_eval_budget: int = 50,
+        ses_inference_steps: int = 10,
+        ses_config: SESConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock call; with enable_ses=True, from a noise that Spectral Evolution Search found.
+
+        ses_reward_model: a name or a dict of weights for `load_reward`, a loaded reward, or any callable that
+            takes images (n, 3, H, W) in [-1, 1] and the prompt, and returns n scores, higher for better.
+        ses_eval_budget: how many previews are made and scored; with 0 the call is the stock one.
+        ses_inference_steps: the steps of a preview. With as many as num_inference_steps the final image equals
+            the best preview; more only cost time, and give a warning.
+        ses_config: everything else. Without enable_ses=True these four do nothing.
+
+        Afterwards `pipe.ses_result` is the SearchResult, with seconds for prompt, ask, denoise, decode,
+        reward, tell, final, held_out where asked for, and compile (counted in no other stage). An exception
+        leaves as it came; `pipe.ses_result` is then what was found before it. Raises ValueError for bad input
+        before any work.
+        """
+        if not isinstance(enable_ses, bool):
+            raise ValueError(f"enable_ses must be True or False, got {enable_ses!r}")
+        call = super().__call__  # type: ignore[misc]
+        if not enable_ses:
+            return call(*args, **kwargs)
+
+        self.ses_result = None  # an earlier call's is not this one's
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        given = {**bound.arguments, **bound.kwargs}  # a subclass may take some of them as **kwargs
+        unit = self.units[-1] if self.units else None
+        if not isinstance(unit, SESUnit):
+            raise ValueError("the unit that searches is not the last of pipe.units: call ses_fast.enable(pipe) again")
+        unit.check(self, given)
+        request = make_request(
+            reward=ses_reward_model,
+            budget=ses_eval_budget,
+            steps=ses_inference_steps,
+            config=ses_config,
+            prompt=given.get("prompt", args[0] if args else ""),
+            seed=given.get("seed"),
+            has_own_noise=given.get("initial_noise") is not None,
+            about={"pipeline": self._ses_stock.__name__, "arguments": _facts_of(bound)},
+            device=self.device,
+        )
+        state = request.config.state
+        if state is not None and given.get("seed") is None and given.get("initial_noise") is None:
+            request.base = state.base  # the call has no seed that makes it
+        if "seed" in bound.arguments:
+            bound.arguments["seed"] = request.seed
+            args, kwargs = bound.args, bound.kwargs
+        else:
+            kwargs["seed"] = request.seed
+        if request.reward is None and request.latents is None:
+            return call(*args, **kwargs)
+
+        with CompileClock(self.device) as clock:
+            try:
+                return self._ses_search(unit, request, clock, functools.partial(call, *args, **kwargs))
+            except BaseException as error:
+                self.ses_result = getattr(error, "ses_result", self.ses_result)
+                self._ses_tidy(error, given)
+                raise
+
+    def _ses_search(self: Any, unit: SESUnit, request: Request, clock: CompileClock, call: Callable[[], Any]) -> Any:
+        """The image of the stock call with the request's noise; leaves the result at ses_result."""
+
+        def answered(request: Request, begin: float) -> Any:
+            schedule = Schedule(self.scheduler, request.steps, needed=request.latents is None)
+            with unit.asked(request, schedule, clock, begin), schedule:
+                image = call()
+            if not request.answered:
+                raise ValueError(
+                    f"the call of {type(self).__name__} does not run pipe.units, so SES has searched nothing: enable a "
+                    "pipeline whose call makes its image as DiffSynth's own does"
+                )
+            return image
+
+        begin = clock()
+        of_base: dict[str, float] = {}
+        if request.held_out:  # first, so that a reward that fails does so before the search is paid
+            base = call() if request.base is None else answered(replace(request, latents=request.base), begin)
+            of_base = judge(request.held_out, _as_tensor(base, self.device), request.prompt)
+        judged = clock()
+        image = answered(request, judged)
+        rendered = clock()
+        if self.ses_result is None:  # given latents
+            return image
+        result: SearchResult = self.ses_result
+        seconds = result.seconds
+        seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
+        if request.held_out:
+            of_answer = of_base
+            if not torch.equal(result.latents, result.state.base):
+                try:
+                    of_answer = judge(request.held_out, _as_tensor(image, self.device), request.prompt)
+                except BaseException as error:
+                    object.__setattr__(error, "ses_result", result)
+                    raise
+            held_out = {name: HeldOut(of_base[name], of_answer[name]) for name in request.held_out}
+            self.ses_result = replace(result, held_out=held_out)
+            seconds["held_out"] = judged - begin + clock() - rendered
+        seconds["compile"] = clock.compiling
+        seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+        return image
+
+    def _ses_tidy(self: Any, error: BaseException, given: dict[str, Any]) -> None:
+        """Puts away what a failed call left. Where that fails too, `error` says so and still is the one that leaves."""
+        try:
+            self.load_models_to_device([])  # what a failed preview left there
+            if any(given.get(name) is not None for name in PER_CALL_LORAS):
+                self.clear_lora(verbose=0)  # a forward that fails leaves it in the model
+        except BaseException as failed:
+            error.add_note(f"the clean-up after this error failed as well: {failed!r}")
+
+    def __getstate__(self) -> Any:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != NOTE}  # it is of the original's blocks
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made here, so that its name leads to the stock one: a copy makes it again.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _remake, (self._ses_stock,), *state
+
+
+@functools.cache
+def enabled_class(stock: type) -> type:
+    """`stock` with the documented call."""
+    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(
+        stock.__name__,
+        (SESPipeline, stock),
+        names | {"_ses_stock": stock, "__call__": _documented(stock.__call__)},
+    )
+
+
+def install(pipe: Any, family: type[SESUnit]) -> None:
+    """Puts `SESPipeline` before the class of `pipe`, and one `family()` last in its units."""
+    # A list of its own: a copy of the pipeline may share the old one.
+    ours = next((unit for unit in pipe.units if isinstance(unit, SESUnit)), None) or family()
+    units = type(pipe.units)([*_stock_units(pipe), ours])
+    if not isinstance(pipe, SESPipeline):
+        pipe.__class__ = enabled_class(type(pipe))
+    pipe.units = units
+
+
+def remove(pipe: Any) -> None:
+    """Undoes `install` and the compilation, and forgets the last result. Does nothing to a stock pipeline."""
+    if not isinstance(pipe, SESPipeline):
+        return
+    units = type(pipe.units)(_stock_units(pipe))
+    undo_compilation(pipe)
+    pipe.units = units
+    vars(pipe).pop("ses_result", None)
+    pipe.__class__ = pipe._ses_stock
+
+
+def _stock_units(pipe: Any) -> list[Any]:
+    return [unit for unit in pipe.units if not isinstance(unit, SESUnit)]
+
+
+def _remake(stock: type) -> Any:
+    cls = enabled_class(stock)
+    return cls.__new__(cls)
+
+
+def _facts_of(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """What the call's previews depend on, beside prompt and noise; one that was left out counts as its default."""
+    bound = inspect.BoundArguments(bound.signature, dict(bound.arguments))  # type: ignore[arg-type]
+    bound.apply_defaults()
+    arguments = dict(zip(bound.signature.parameters, bound.arguments.values(), strict=True))
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name)
+    return facts({name: value for name, value in arguments.items() if name not in NOT_OF_A_PREVIEW})
+
+
+def _as_tensor(image: Any, device: torch.device | str) -> Tensor:  # [1, 3, H, W] in [-1, 1]
+    """A picture that the pipeline returned, for a reward."""
+    if not hasattr(image, "convert"):
+        raise ValueError(f"held-out rewards judge a picture, and the pipeline's call returns {type(image).__name__}")
+    # Half a level up, so that the reward's truncation gives back the very levels of the picture.
+    levels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+    return ((levels.float() + 0.5) / 127.5 - 1).to(device)
+
+
+def _documented(stock_call: Callable) -> Callable:
+    """`SESPipeline.__call__` under a signature that shows the stock parameters and the new ones."""
+
+    @functools.wraps(SESPipeline.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return SESPipeline.__call__(self, *args, **kwargs)
+
+    own = inspect.signature(SESPipeline.__call__).parameters.values()
+    stock = list(inspect.signature(stock_call).parameters.values())
+    rest = [stock.pop()] if stock[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    new = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    signature = inspect.Signature([*stock, *new, *rest])
+    __call__.__signature__ = signature  # type: ignore[attr-defined]
+    return __call__

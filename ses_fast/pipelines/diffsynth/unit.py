@@ -1,0 +1,183 @@
+"""The unit that an enabled pipeline of DiffSynth has last: it answers the call's request with a better noise."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import run
+from ..compiling import CompileClock, GrowsWithPrompt
+from ..request import Request
+from .renderer import PipelineRenderer, first_latents
+from .schedule import Schedule
+
+PER_CALL_LORAS = ("lora", "positive_only_lora", "negative_lora")  # arguments of the call
+
+
+class SESUnit:
+    """The last unit of an enabled pipeline. A family's class is `class Family(SESUnit, PipelineUnit)`.
+
+    Without a request it does nothing, because training runs the pipeline's units too.
+    """
+
+    decoder = "vae_decoder"  # the pipeline's attribute
+    model_fn: Callable[..., Tensor]  # the stock `pipe.model_fn`
+    takes: frozenset[str]  # its inputs
+    together: frozenset[str]  # those that may be given where several candidates go at once
+    text: tuple[str, ...] = ()  # those of `together` that CFG's two sides can share a batch by: [1, ...] each
+    refused: dict[str, str] = {}  # arguments of the call that SES cannot go with, and why
+    grows_with_prompt: GrowsWithPrompt | None = None
+    request: Request | None = None
+    schedule: Schedule
+    clock: CompileClock
+    begin: float  # when the call began, by the clock
+
+    def __init__(self) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            take_over=True,
+            input_params=("height", "width", "cfg_scale", "noise", "latents", "input_latents"),
+            input_params_posi={"prompt": "prompt"},
+            output_params=("noise", "latents"),
+        )
+
+    # ---- a family's own
+
+    def forward_together(self, *args: Any, **inputs: Any) -> Tensor:
+        """Predicts for n candidates as `latents` what `pipe.model_fn` does for each alone."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        pipe: Any,
+        latents: Tensor,  # [n, C, h, w]
+        shared: dict[str, Any],
+    ) -> Tensor:  # [n, 3, H, W]
+        """The decoder's output, as the pipeline's own call decodes."""
+        raise NotImplementedError
+
+    def unpack(
+        self,
+        noise: Tensor,  # [1, ...] as the pipeline has it
+        shared: dict[str, Any],
+    ) -> Tensor:  # [1, C, h, w], to search in
+        return noise
+
+    def pack(
+        self,
+        noises: Tensor,  # [n, C, h, w]
+    ) -> Tensor:  # [n, ...] as the pipeline has them
+        return noises
+
+    def for_previews(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """The call's inputs, without what only the final image may have."""
+        return shared
+
+    # ---- what all share
+
+    def check(self, pipe: Any, given: dict[str, Any]) -> None:
+        """Raises ValueError for what a call with SES cannot have, before any work."""
+        for name, why in self.refused.items():
+            if given.get(name) is not None:
+                raise ValueError(f"SES cannot go with {name}=: {why}")
+        if {"set_timesteps", "add_noise"} & vars(pipe.scheduler).keys():
+            raise ValueError(
+                "SES needs the scheduler's own set_timesteps and add_noise: replace them in a subclass, "
+                "not on pipe.scheduler itself"
+            )
+        hot = getattr(pipe.dit, "vram_management_enabled", False) or getattr(pipe.dit, "quantize_config", None)
+        for name in PER_CALL_LORAS:
+            if given.get(name) is None:
+                continue
+            if not hot:
+                raise ValueError(
+                    f"with SES, {name}= needs pipe.dit = pipe.enable_lora_hot_loading(pipe.dit) first: otherwise "
+                    "DiffSynth adds the LoRA to the weights again in every step of every preview"
+                )
+            if any(getattr(module, "lora_A_weights", None) for module in pipe.dit.modules()):
+                raise ValueError(
+                    f"with SES, {name}= cannot go with a LoRA that is loaded already: DiffSynth clears both after the "
+                    "first forward. Call pipe.clear_lora(), or load both and leave the argument out"
+                )
+
+    def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        """`forward_together`; None where model_fn is wrapped or takes an input that is made for one image."""
+        given = {name for name in self.takes if inputs.get(name) is not None and inputs[name] is not False}
+        stock = pipe.model_fn is self.model_fn
+        return self.forward_together if stock and given <= self.together else None
+
+    @contextmanager
+    def asked(self, request: Request, schedule: Schedule, clock: CompileClock, begin: float) -> Iterator[None]:
+        """Holds `request` for the call inside, and forgets it afterwards whatever happens."""
+        self.request, self.schedule, self.clock, self.begin = request, schedule, clock, begin
+        try:
+            yield
+        finally:
+            del self.request, self.schedule, self.clock, self.begin
+
+    def process(
+        self,
+        pipe: Any,
+        inputs_shared: dict[str, Any],
+        inputs_posi: dict[str, Any],
+        inputs_nega: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Answers the request, if there is one: puts the best noise and its latents in place."""
+        request = self.request
+        if request is None:
+            return inputs_shared, inputs_posi, inputs_nega
+        if request.answered:
+            raise ValueError(
+                f"{type(pipe).__name__} runs its units more than once in one call: SES cannot say which image the call "
+                "returns. Enable a pipeline whose call makes one image"
+            )
+        schedule, clock, begin = self.schedule, self.clock, self.begin
+        schedule.forget_add_noise()
+        base = self.unpack(inputs_shared["noise"], inputs_shared)
+        if request.latents is not None:
+            best = _given_noise(request.latents, base)
+        else:
+            if request.base is not None:
+                base = _given_noise(request.base, base)
+            renderer = PipelineRenderer(self, pipe, schedule, request.steps, inputs_shared, inputs_posi, inputs_nega)
+            before = dict(vars(pipe.scheduler))
+            self.request = None  # a callback may call the pipeline, and its calls are not this one
+            try:
+                pipe.ses_result = run.search(
+                    renderer,
+                    request,
+                    base,
+                    model=pipe,
+                    device=pipe.device,
+                    height=inputs_shared["height"],
+                    width=inputs_shared["width"],
+                    final_steps=schedule.final_steps,
+                    models_take_turns=pipe.vram_management_enabled,
+                    clock=clock,
+                    begin=begin,
+                )
+            finally:
+                vars(pipe.scheduler).clear()
+                vars(pipe.scheduler).update(before)
+                self.request, self.schedule, self.clock, self.begin = request, schedule, clock, begin
+            best = pipe.ses_result.latents
+        request.answered = True
+        noise = self.pack(best)
+        inputs_shared |= {
+            "noise": noise,
+            "latents": first_latents(pipe.scheduler, noise, schedule.input_latents),
+        }
+        return inputs_shared, inputs_posi, inputs_nega
+
+
+def _given_noise(
+    given: Tensor,  # [1, C, h, w]
+    base: Tensor,  # [1, C, h, w] of the call
+) -> Tensor:  # [1, C, h, w] on the base's device
+    if given.shape != base.shape or given.dtype != base.dtype:
+        raise ValueError(
+            f"the noise of this call is {base.dtype} of shape {tuple(base.shape)}, the given one "
+            f"{given.dtype} of {tuple(given.shape)}: give the height, width and pipeline it was made for"
+        )
+    return torch.as_tensor(given, device=base.device)

@@ -1,0 +1,134 @@
+"""The search's objective: from noises to cheap images to scores."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objective import Objective, Report, Scored
+from ..rewards.weighted import WeightedReward
+from ..scores import as_scores
+from ..stopwatch import Stopwatch
+from .batching import Batches
+from .renderer import Renderer
+
+STAGES = ("denoise", "decode", "reward")
+
+
+class Previews(Objective):
+    """Renders candidates and has a reward score them.
+
+    model: whose layers the renderer runs.
+    together: how many previews are scored together; None: a whole generation.
+    about: what the scores depend on beside the noise, as JSON.
+    clock: seconds; a device's work is waited for.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        reward: Callable[[Tensor, str], Any],
+        prompt: str,
+        *,
+        model: torch.nn.Module,
+        denoising: Batches,
+        decoding: Batches,
+        together: int | None,
+        about: Mapping[str, Any],
+        on_preview: Callable[[Tensor, Any, int, int], Any] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.renderer, self.reward, self.prompt, self.model = renderer, reward, prompt, model
+        self.denoising, self.decoding, self.together = denoising, decoding, together
+        self.on_preview = on_preview
+        self.stopwatch = Stopwatch(STAGES, clock)
+        self.scale = reward.scale if isinstance(reward, WeightedReward) else None
+        self.looked_for_cause = False
+        self._about = dict(about)
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        if not isinstance(self.reward, WeightedReward) or self.scale is None:
+            return self._about
+        return self._about | {"scale": {name: list(pair) for name, pair in self.scale.items()}}
+
+    def resume(self, about: Mapping[str, Any]) -> None:
+        if not about:
+            raise ValueError("the state is of another search: it does not say what its scores are of")
+        for name in sorted(self._about.keys() | about.keys() - {"scale"}):
+            was, now = about.get(name), self._about.get(name)
+            if was != now:
+                if isinstance(was, dict) and isinstance(now, dict):
+                    name, was, now = next(
+                        (each, was.get(each), now.get(each))
+                        for each in sorted(was.keys() | now.keys())
+                        if was.get(each) != now.get(each)
+                    )
+                raise ValueError(f"the state is of another search: its {name} was {was!r}, this call's is {now!r}")
+        if isinstance(self.reward, WeightedReward):
+            if "scale" not in about:
+                raise ValueError("the state is of another search: it has no scale of its rewards")
+            self.scale = {name: (mean, deviation) for name, (mean, deviation) in about["scale"].items()}
+
+    def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
+        for noises in candidates.split(self.together or len(candidates)):
+            if not report(self._score(noises, generation, first)):
+                return
+            first += len(noises)
+
+    def images(self, noises: Tensor) -> Tensor:  # [n, C, h, w] -> [n, 3, H, W] in [-1, 1]
+        """The previews."""
+        renderer, stopwatch = self.renderer, self.stopwatch
+        renderer.prepare("denoise")
+        latents = self.denoising.run(self._denoise, noises, self.model)
+        stopwatch.lap("denoise")
+        renderer.prepare("decode")
+        images = self.decoding.run(renderer.decode, latents, self.model)
+        stopwatch.lap("decode")
+        return images.clamp(-1, 1)  # a decoder leaves the range
+
+    def _denoise(self, noises: Tensor) -> Tensor:
+        return self.renderer.advance(self.renderer.begin(noises), self.renderer.steps).latents
+
+    def _score(self, noises: Tensor, generation: int, first: int) -> Scored:
+        self.stopwatch.restart()
+        images = self.images(noises)
+        shown = images if self.on_preview is None else images.clone()  # a reward may write on what it gets
+        given, scored = self._judge(shown)
+        self.stopwatch.lap("reward")
+        if self.on_preview is not None:
+            self.on_preview(images, given, generation, first)
+        if not self.looked_for_cause and not (finite := scored.scores.isfinite()).all():
+            self.looked_for_cause = True
+            number = int(finite.logical_not().nonzero()[0])
+            scored = scored._replace(why_not_finite=self._why_not_finite(noises[number : number + 1], scored, number))
+        return scored
+
+    def _judge(self, images: Tensor) -> tuple[Any, Scored]:
+        """(the scores as the reward gave them, the same as the search takes them)"""
+        if not isinstance(self.reward, WeightedReward):
+            given = self.reward(images, self.prompt)
+            # A copy: what is handed to on_preview may be written on.
+            return given, Scored(as_scores(given, len(images), "the reward", images.device))
+        raw = self.reward.raw(images, self.prompt)
+        if self.scale is None:
+            self.scale = self.reward.measure(raw)
+        scores = self.reward.combine(raw, self.scale)
+        return scores.clone(), Scored(scores.to(images.device), raw)
+
+    def _why_not_finite(self, noise: Tensor, scored: Scored, number: int) -> str:
+        """Which part first gives a value that is not finite: one candidate is rendered again, step by step."""
+        renderer = self.renderer
+        renderer.prepare("denoise")
+        draft = renderer.begin(noise)
+        for step in range(1, renderer.steps + 1):
+            draft = renderer.advance(draft, step)
+            if not draft.latents.isfinite().all():
+                return f"the first part to fail is the denoiser, in step {step} of {renderer.steps}"
+        renderer.prepare("decode")
+        if not renderer.decode(draft.latents).isfinite().all():
+            return "the denoiser's latents are finite, and the decoder's image is not"
+        members = [repr(name) for name, raw in scored.members.items() if not raw[number].isfinite()]
+        which = f" {', '.join(members)}" if members else ""
+        return f"the image is finite, and the score of the reward{which} is not"

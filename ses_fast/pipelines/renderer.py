@@ -1,0 +1,49 @@
+"""What a search needs of a library's pipeline, and nothing more."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Draft(NamedTuple):
+    """Candidates on their way to images."""
+
+    latents: Tensor  # [n, ...] in the pipeline's own layout
+    step: int  # how many steps are done
+    history: tuple[Tensor, ...] = ()  # [n, ...] each: what later steps need beside the latents
+
+
+class Renderer(ABC):
+    """Makes images of noises, for one prompt, size and schedule. It knows no reward and no search.
+
+    Several noises given together become the images that they become one by one, up to rounding; one noise given alone
+    becomes bit for bit the image of the pipeline's own call in `steps` steps.
+    """
+
+    steps: int
+
+    @abstractmethod
+    def begin(self, noises: Tensor) -> Draft:  # [n, C, h, w] of unit variance
+        """The noises before the first step."""
+
+    @abstractmethod
+    def advance(self, draft: Draft, to: int) -> Draft:
+        """The draft after step `to`, of `steps`."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:  # [n, ...] -> [n, 3, H, W]
+        """The decoder's output, which may leave [-1, 1]."""
+
+    # What some libraries have more of. The defaults are right for one that has not.
+
+    largest_denoise: int | None = None  # how many may be denoised together; None: as many as memory holds
+    largest_decode: int | None = None
+    static_shapes: bool = False  # whether a batch of another size costs a compilation
+
+    def prepare(self, stage: str) -> None:  # noqa: B027
+        """Called before a generation is brought through a stage, "denoise" or "decode": loads its models."""
+
+    def save_memory(self) -> bool:
+        """Called when a batch did not fit. True where it can do with less from now on: then it is tried again."""
+        return False

@@ -1,0 +1,167 @@
+"""One call with enable_ses=True on its way: what its arguments became, whatever the library."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evolution import check_noise, whole_number
+from ..rewards.weighted import WeightedReward
+from .config import SESConfig
+
+RewardFunction = Callable[[Tensor, str], Any]
+
+
+@dataclass
+class Request:
+    """What is searched for, and by what."""
+
+    config: SESConfig
+    prompt: str
+    budget: int
+    steps: int  # of a preview
+    reward: RewardFunction | None  # None: `latents` are rendered without a search
+    seed: int | None  # of the call's own noise
+    search_seed: int | None
+    about: dict[str, Any]  # what a preview's score depends on, as JSON
+    held_out: dict[str, RewardFunction] = field(default_factory=dict)
+    latents: Tensor | None = None  # [1, C, h, w], to be rendered in place of a search
+    base: Tensor | None = None  # [1, C, h, w], to search from, where the call has no seed that makes it
+    answered: bool = False  # whether the best noise, or `latents`, was put in place
+
+
+def make_request(
+    *,
+    reward: Any,
+    budget: Any,
+    steps: Any,
+    config: Any,
+    prompt: Any,
+    seed: Any,
+    has_own_noise: bool,
+    about: Mapping[str, Any],
+    device: Any,
+) -> Request:
+    """Checks the documented arguments, and loads the rewards that they name.
+
+    has_own_noise: whether the call was given its initial noise.
+    about: the pipeline's class and the call's other arguments, see `facts`.
+    Raises ValueError for bad ones, before anything is loaded.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"SES needs one prompt, a string: search for each on its own; got {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid Unicode text: {error.reason} at {error.start}") from error
+    config = SESConfig() if config is None else config
+    if not isinstance(config, SESConfig):
+        raise ValueError(f"ses_config must be a ses_fast.SESConfig, got {config!r}")
+    if not isinstance(reward, str | Mapping) and not callable(reward):
+        raise ValueError(
+            "ses_reward_model must be the name of a reward, a dict of names to weights or a "
+            f"callable(images, prompt), got {reward!r}"
+        )
+    if config.latents is not None and has_own_noise:
+        raise ValueError("give initial_noise= or SESConfig(latents=), not both")
+    budget = whole_number("ses_eval_budget", budget, 0)
+    steps = whole_number("ses_inference_steps", steps, 1)
+    seed, search_seed = _seeds(seed, config)
+    searches = config.latents is None and budget > 0
+    request = Request(
+        config=config,
+        prompt=prompt,
+        budget=budget,
+        steps=steps,
+        reward=None,
+        seed=seed,
+        search_seed=search_seed,
+        about={**about, "prompt": prompt, "reward": name_of(reward), "ses_inference_steps": steps},
+        latents=config.latents,
+    )
+    if searches:
+        request.reward = _loaded(reward, device)
+        if isinstance(request.reward, WeightedReward):
+            _check_first_generation(config, budget)
+        request.held_out = _held_out(config.report_rewards, device)
+    return request
+
+
+def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as JSON, so that a state can be compared with them: pictures and tensors by a digest."""
+    return {name: _fact(value) for name, value in arguments.items() if not callable(value)}
+
+
+def name_of(reward: Any) -> Any:
+    """What a reward is called in a state: its name, names and weights, or the function's or class's own."""
+    if isinstance(reward, WeightedReward):
+        return {name: reward.weights[name] for name in sorted(reward.weights)}
+    if isinstance(reward, str):
+        return reward
+    if isinstance(reward, Mapping):
+        return {str(name): weight for name, weight in sorted(reward.items())}
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _fact(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _fact(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fact(each) for each in value]
+    if isinstance(value, Tensor):
+        return _digest(str(value.dtype), str(tuple(value.shape)), value.detach().cpu().contiguous().view(torch.uint8))
+    if hasattr(value, "tobytes"):  # a PIL picture, a NumPy array or number
+        return _digest(type(value).__name__, str(getattr(value, "size", "")), value.tobytes())
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else bytes(part.numpy() if torch.is_tensor(part) else part))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _loaded(reward: Any, device: Any) -> RewardFunction:
+    if not isinstance(reward, str | Mapping):
+        return reward
+    from ..rewards import load_reward
+
+    return load_reward(reward, device=device)
+
+
+def _check_first_generation(config: SESConfig, budget: int) -> None:
+    """Raises ValueError where a sum of rewards has no first generation to be standardised by."""
+    if config.state is None and min(config.popsize, budget) < 2:
+        raise ValueError("a sum of rewards is scaled by the first generation: popsize and ses_eval_budget from 2 on")
+
+
+def _held_out(rewards: Any, device: Any) -> dict[str, RewardFunction]:
+    """`SESConfig.report_rewards`, loaded."""
+    if not isinstance(rewards, Mapping):
+        return {name: _loaded(name, device) for name in rewards}
+    for name, reward in rewards.items():
+        if isinstance(reward, WeightedReward) and reward.scale is None:
+            raise ValueError(
+                f"the held-out reward {name!r} is a sum of several, scaled by a first generation that it never sees: "
+                "name each of them, or give it a scale (WeightedReward.with_scale)"
+            )
+    return dict(rewards)
+
+
+def _seeds(seed: Any, config: SESConfig) -> tuple[int | None, int | None]:
+    """The call's seed and the search's. One that is drawn serves both: result.seed gives the image again."""
+    seed = check_noise(seed, None)
+    if config.state is not None:  # without a seed the base is the state's, and any seed keeps torch's state as it is
+        return 0 if seed is None else seed, config.seed
+    if config.seed is not None or config.generator is not None:
+        return seed, config.seed
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return seed, seed

@@ -1,0 +1,118 @@
+"""One search over previews, and the rewards that judge what it found: the same for every library."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import warn
+from ..loop import evolve
+from ..result import SearchResult
+from ..rewards.weighted import WeightedReward
+from ..scores import as_scores
+from .batching import Batches, first_size
+from .compiling import CompileClock
+from .previews import Previews
+from .renderer import Renderer
+from .request import Request
+
+
+def search(
+    renderer: Renderer,
+    request: Request,
+    base: Tensor,  # [1, C, h, w]
+    *,
+    model: torch.nn.Module,
+    device: torch.device | str,
+    height: int,
+    width: int,
+    final_steps: int,
+    models_take_turns: bool,
+    clock: CompileClock,
+    begin: float,
+) -> SearchResult:
+    """Searches from `base` for the noise whose preview the request's reward scores highest.
+
+    model: whose layers the renderer runs. models_take_turns: denoiser and decoder share the device's memory, so a
+    generation is denoised before it is decoded. begin: when the call began, by `clock`. Whatever is raised carries
+    the result so far as `error.ses_result`.
+    """
+    config = request.config
+    assert request.reward is not None
+    if request.steps > final_steps:
+        warn(
+            f"ses_inference_steps={request.steps} makes a preview cost more than the final image with its "
+            f"{final_steps} steps: ses_inference_steps={final_steps} is enough"
+        )
+    evolution = config.evolution(height, width)
+    most = min(evolution.popsize, request.budget)
+    size = first_size(config.batch_size, evolution.popsize, device, height, width)
+    if renderer.largest_denoise == 1 and size != 1:
+        warn("the call's inputs or the pipeline's model_fn allow no batch: previews go one by one")
+    batches = {"most": most, "device": device, "automatic": config.batch_size == "auto"}
+    whole = config.batch_size == "auto" or models_take_turns or isinstance(request.reward, WeightedReward)
+    previews = Previews(
+        renderer,
+        request.reward,
+        request.prompt,
+        model=model,
+        denoising=Batches(
+            renderer.largest_denoise or size,
+            filled=renderer.static_shapes,
+            save_memory=renderer.save_memory,
+            **batches,
+        ),
+        decoding=Batches(renderer.largest_decode or size, **batches),
+        together=None if whole else int(config.batch_size),
+        about=request.about,
+        on_preview=config.on_preview,
+        clock=clock,
+    )
+    before, compiled = clock() - begin, clock.compiling
+    result = None
+    try:
+        result = evolve(
+            base,
+            previews,
+            request.budget,
+            evolution.popsize,
+            evolution.k_elites,
+            evolution.wavelet_name,
+            evolution.dwt_level,
+            seed=request.search_seed,
+            generator=config.generator,
+            include_base=config.include_base,
+            on_generation=config.on_generation,
+            progress=config.progress,
+            time_limit=config.time_limit,
+            state=config.state,
+            backend=config.backend,
+        )
+        return result
+    except BaseException as error:
+        result = getattr(error, "ses_result", None)
+        raise
+    finally:
+        if result is not None:
+            seconds, spent = result.seconds, previews.stopwatch.seconds
+            # The objective's other time is on_preview's; evolve's clock goes on while dynamo compiles.
+            rest = seconds.pop("objective") - sum(spent.values()) - (clock.compiling - compiled)
+            seconds["other"] += rest
+            seconds.update(prompt=before, compile=clock.compiling, **spent)
+            seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+
+
+def judge(
+    rewards: Mapping[str, Callable[[Tensor, str], Any]],
+    image: Tensor,  # [1, 3, H, W] in [-1, 1]
+    prompt: str,
+) -> dict[str, float]:
+    """What each held-out reward says of an image. Raises ValueError for a reward that gives no single number."""
+    scores = {}
+    for name, reward in rewards.items():
+        score = as_scores(reward(image.clone(), prompt), 1, f"held-out reward {name!r}").item()
+        if not torch.tensor(score).isfinite():
+            warn(f"the held-out reward {name!r} gave a score that is not finite")
+        scores[name] = score
+    return scores

@@ -1,0 +1,167 @@
+"""What goes on beside a search: clocks, the bar, warnings, scores on their way to the state, and partial results."""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import warn
+from .evolution import SearchState, leader, tell
+from .objective import Scored
+from .result import SearchResult, result_of
+from .stopwatch import Stopwatch, device_clock
+
+STAGES = ("start", "ask", "objective", "tell", "other")
+
+
+class Recorder:
+    """Keeps the books of one search. As a context: whatever is raised inside leaves with the result so far.
+
+    state: of the search as it stands; the scores it has already are an earlier call's, which warned of them.
+    stopwatch: runs since the call began.
+    """
+
+    def __init__(
+        self,
+        state: SearchState,
+        budget: int,
+        stopwatch: Stopwatch,
+        *,
+        progress: bool,
+        time_limit: float | None,
+        on_generation: Callable[[SearchResult], Any] | None,
+        backend: str | None,
+    ) -> None:
+        self.state, self.budget, self.stopwatch, self.backend = state, budget, stopwatch, backend
+        self.time_limit, self.on_generation, self.progress = time_limit, on_generation, progress
+        self.begin = stopwatch.last
+        self.stopped = "budget"
+        self.low: Tensor | None = None  # [P, D] of the current generation
+        self.waiting: list[Scored] = []  # reported, and not yet in the state
+        self.counted = state.evaluations  # the waiting ones included
+        self.watch = _Watch(state.evaluations, state.config.popsize)
+        self.bar = tqdm(total=budget, initial=self.counted, desc="SES", unit="img", disable=not progress)
+
+    def __enter__(self) -> Self:
+        self.stopwatch.lap("start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.bar.close()
+            if error is not None:
+                self._attach(error)
+        except BaseException as failed:
+            if error is None:
+                raise
+            error.add_note(f"the result so far is lost: {failed!r}")
+
+    def goes_on(self) -> bool:
+        """Whether there is budget and time for more."""
+        return self.state.evaluations < self.budget and self.stopped == "budget"
+
+    def asked(self, low: Tensor) -> None:
+        """A generation was drawn; `low` [P, D] are its lowest bands."""
+        self.low = low
+        self.stopwatch.lap("ask")
+
+    def take(self, scored: Scored) -> bool:
+        """Takes scores from the objective (its `Report`); False when the time is over."""
+        self.stopwatch.lap("objective")
+        self.waiting.append(scored)
+        self.counted += len(scored.scores)
+        self.watch.why_not_finite = self.watch.why_not_finite or scored.why_not_finite
+        self.bar.update(len(scored.scores))
+        if self.time_limit is not None and self.counted < self.budget:
+            if device_clock(scored.scores.device) - self.begin >= self.time_limit:
+                self.stopped = "time_limit"
+        return self.stopped == "budget"
+
+    def scores(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What was taken since the last call, in order: ([n], the members' raw scores [n] each)."""
+        waiting, self.waiting = self.waiting, []
+        return _joined(waiting)
+
+    def told(self, state: SearchState) -> None:
+        """The state has learnt the scores: the books are brought up to date, and `on_generation` is called."""
+        self.state = state
+        self.stopwatch.lap("tell")
+        if state.index == 0:
+            if self.progress or state.mean.device.type == "cpu":  # a look at the scores waits for the device
+                self.watch.look(state.history)
+            if self.progress:
+                self.bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}", refresh=False)
+            if self.on_generation is not None:
+                self.on_generation(self._result("running"))
+        self.stopwatch.lap("other")
+
+    def result(self) -> SearchResult:
+        """The search's result, when it has ended. Raises RuntimeError where no score is finite."""
+        self.watch.look(self.state.history, ended=True)
+        result = self._result(self.stopped)
+        if result.best is None:
+            why = f"; {self.watch.why_not_finite}" if self.watch.why_not_finite else ""
+            raise RuntimeError(
+                f"none of the objective's {self.state.evaluations} scores is finite: no candidate is best{why}"
+            )
+        return result
+
+    def _result(self, stopped: str) -> SearchResult:
+        """Waits for the device."""
+        best = leader(self.state, self.low, backend=self.backend)
+        latents, number = (None, None) if best is None else (best.latents, best.number)
+        result = result_of(self.state, latents, number, stopped, {})
+        self.stopwatch.lap("other")
+        seconds = self.stopwatch.seconds
+        result.seconds.update(seconds, total=sum(seconds.values()))
+        return result
+
+    def _attach(self, error: BaseException) -> None:
+        """Puts the result so far at error.ses_result."""
+        if self.waiting and self.low is not None:
+            scores, members = self.scores()
+            self.state = tell(self.state, self.low, scores, members=members, backend=self.backend)
+        # An exception may be a frozen dataclass, which refuses error.ses_result = ...
+        object.__setattr__(error, "ses_result", self._result("error"))
+
+
+def _joined(waiting: list[Scored]) -> tuple[Tensor, dict[str, Tensor]]:
+    names: Mapping[str, Tensor] = waiting[0].members if waiting else {}
+    members = {name: torch.cat([each.members[name] for each in waiting]) for name in names}
+    return torch.cat([each.scores for each in waiting]), members
+
+
+class _Watch:
+    """Warns of scores that are not finite, and of a flat first generation: once each."""
+
+    def __init__(self, known: int, popsize: int) -> None:
+        self.seen, self.popsize = known, popsize  # an earlier call warned of the known ones
+        self.warned = False
+        self.flat_looked_for = known >= popsize
+        self.why_not_finite = ""
+
+    def look(self, history: list[float], ended: bool = False) -> None:
+        """Looks at the scores that came since the last look."""
+        new = history[self.seen :]
+        if not self.warned and -torch.inf in new:
+            self.warned = True
+            generation, index = divmod(self.seen + new.index(-torch.inf), self.popsize)
+            why = f" ({self.why_not_finite})" if self.why_not_finite else ""
+            warn(
+                f"the score of candidate {index} of generation {generation} is not finite{why}. Such scores count as "
+                "minus infinity and never enter the elites; this is reported once a search",
+            )
+        self.seen = len(history)
+        if not self.flat_looked_for and (ended or len(history) >= self.popsize):
+            self.flat_looked_for = True
+            first = [score for score in history[: self.popsize] if score != -torch.inf]
+            if len(first) > 1 and len(set(first)) == 1:
+                warn(
+                    f"all {len(first)} candidates of the first generation have the same score, {first[0]:.6g}: the "
+                    "search cannot work, because it has nothing to choose by. Look at the reward",
+                )

@@ -1,0 +1,200 @@
+"""What a search has found, in memory and on disk."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import missing_extra
+from .evolution import SearchState, leader
+from .files import write_whole
+
+RESULT_FORMAT = 2  # raised when `SearchResult.load` would no longer read an old file
+STOPPED = ("budget", "time_limit", "error", "running")  # "running": in on_generation
+# A file may come from another device: its answer is built again here, and differs by the dtype's rounding.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One scored candidate; the score is minus infinity where the objective's was not finite."""
+
+    generation: int
+    index: int
+    score: float
+    members: dict[str, float] | None = None  # each one's raw score, where the objective combines several rewards
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The scores that a reward outside the search gives to two images: without search, and the one returned."""
+
+    base: float
+    answer: float
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search has found so far; of one that was broken off, at `error.ses_result`."""
+
+    latents: Tensor | None  # [1, ..., H, W], the best; None while no score is finite
+    score: float | None  # the best
+    base_score: float | None  # the base's own; None unless include_base
+    best: Evaluation | None  # which candidate it was
+    trace: list[Evaluation]  # every score, in order
+    evaluations: int
+    seed: int | None  # None with a generator
+    seconds: dict[str, float]  # this call's, by stage; "total" is their sum; a GPU's work counts where it is waited for
+    stopped: str  # one of STOPPED
+    state: SearchState  # to save, or to continue from with evolve(..., state=)
+    held_out: dict[str, HeldOut] = field(default_factory=dict)  # a pipeline's, by SESConfig(report_rewards=)
+
+    def __repr__(self) -> str:
+        best = self.best and (self.best.generation, self.best.index)
+        held_out = f", held_out={self.held_out}" if self.held_out else ""
+        return (
+            f"SearchResult(score={_short(self.score)}, base_score={_short(self.base_score)}, best={best}, "
+            f"evaluations={self.evaluations}, seed={self.seed}, stopped={self.stopped!r}, "
+            f"seconds={self.seconds.get('total', 0.0):.3g}{held_out})"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything to one safetensors file, with what is no tensor as JSON in its header; `load` reads it.
+
+        A file that is there is replaced once the new one is complete; a link's target is. Raises FileNotFoundError
+        for a missing folder, IsADirectoryError for a folder, ImportError without safetensors.
+        """
+        safetensors = _safetensors()
+        state = self.state.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if self.latents is not None:
+            tensors["latents"] = self.latents.cpu().contiguous()
+        facts = {
+            "format": RESULT_FORMAT,
+            "best": None if self.best is None else self.trace.index(self.best),
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+            "held_out": {name: [one.base, one.answer] for name, one in self.held_out.items()},
+            "state": {name: value for name, value in state.items() if name not in tensors},
+        }
+        header = {"ses_fast": json.dumps(facts)}
+        write_whole(path, lambda file: safetensors.torch.save_file(tensors, file, metadata=header))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "SearchResult":
+        """What `save` wrote, on the CPU: the latents bit for bit, and a state to go on from. Runs nothing of the file.
+
+        Raises ValueError for any other file and for one whose parts do not fit each other, FileNotFoundError for
+        none, ImportError without safetensors.
+        """
+        safetensors = _safetensors()
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is no result that SearchResult.save wrote: it is a folder")
+        try:
+            with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("ses_fast", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (safetensors.SafetensorError, ValueError, RecursionError) as error:  # JSON's own is a ValueError
+            raise ValueError(f"{path} is no result that SearchResult.save wrote: {error}") from error
+        if not isinstance(facts, dict) or "format" not in facts:
+            raise ValueError(f"{path} is no result that SearchResult.save wrote: it says nothing of a search")
+        if facts["format"] != RESULT_FORMAT:
+            raise ValueError(
+                f"{path} is no search result of format {RESULT_FORMAT}, which this version of ses_fast reads: it is "
+                f"of format {facts['format']!r}"
+            )
+        try:
+            return _read(facts, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path} is no result that can be trusted: {error}") from error
+
+
+def result_of(
+    state: SearchState,
+    latents: Tensor | None,  # [1, ..., H, W], the best
+    best: int | None,  # which score is theirs
+    stopped: str,
+    seconds: dict[str, float],
+    held_out: dict[str, HeldOut] | None = None,
+) -> SearchResult:
+    """The result of a search in `state`. Waits for the device."""
+    popsize, members = state.config.popsize, {name: scores.tolist() for name, scores in state.members.items()}
+    trace = [
+        Evaluation(
+            *divmod(number, popsize), score, {name: each[number] for name, each in members.items()} if members else None
+        )
+        for number, score in enumerate(state.history)
+    ]
+    return SearchResult(
+        latents=latents,
+        score=None if best is None else trace[best].score,
+        base_score=trace[0].score if state.include_base and trace else None,
+        best=None if best is None else trace[best],
+        trace=trace,
+        evaluations=state.evaluations,
+        seed=state.seed,
+        seconds=seconds,
+        stopped=stopped,
+        state=state,
+        held_out=held_out or {},
+    )
+
+
+def _read(facts: dict[str, Any], tensors: dict[str, Tensor]) -> SearchResult:
+    """The result of a file's parts. Raises ValueError where one is missing, of another kind, or not the others'."""
+    saved = _part(facts, "state", dict)
+    latents = tensors.pop("latents", None)
+    state = SearchState.load_state_dict(saved | tensors)
+    stopped, seconds = _part(facts, "stopped", str), _part(facts, "seconds", dict)
+    if stopped not in STOPPED:
+        raise ValueError(f"it stopped by {stopped!r}, which is none of {', '.join(STOPPED)}")
+    if not all(_is_number(value) for value in seconds.values()):
+        raise ValueError("its seconds are not numbers")
+    held_out = {}
+    for name, two in _part(facts, "held_out", dict).items():
+        if not isinstance(two, list) or len(two) != 2 or not all(map(_is_number, two)):
+            raise ValueError(f"its held-out scores of {name!r} are not two numbers")
+        held_out[name] = HeldOut(*two)
+    best = facts.get("best")
+    expected = leader(state)
+    if expected is None:
+        if best is not None or latents is not None:
+            raise ValueError("it names a best candidate, and none of its scores is finite")
+    else:
+        if best != expected.number or isinstance(best, bool):
+            raise ValueError(f"it names candidate {best!r} as the best, and its scores say {expected.number}")
+        if latents is None or latents.shape != expected.latents.shape or latents.dtype != expected.latents.dtype:
+            raise ValueError("its latents are not of the base's shape and dtype")
+        tolerance = TOLERANCE[latents.dtype]
+        if not torch.allclose(latents.double(), expected.latents.double(), rtol=tolerance, atol=tolerance):
+            raise ValueError("its latents are not those of its best candidate")
+    return result_of(state, latents, best, stopped, seconds, held_out)
+
+
+def _part(facts: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(facts.get(name), kind):
+        raise ValueError(f"its {name} should be a {kind.__name__}, and is {type(facts.get(name)).__name__}")
+    return facts[name]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _short(score: float | None) -> str:
+    return "None" if score is None else f"{score:.6g}"
+
+
+def _safetensors() -> Any:
+    """The module, with its `torch` part. Raises ImportError, naming the extra, where it is missing."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise missing_extra("safetensors", "diffsynth") from error
+    return safetensors

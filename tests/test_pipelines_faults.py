@@ -1,0 +1,384 @@
+"""What once went wrong in silence, in a search through a pipeline: states, subclasses, clean-ups, copies."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import ses_fast
+from ses_fast import SESConfig
+from ses_fast._torchvision import mend_torchvision
+from ses_fast.rewards.weighted import WeightedReward
+
+mend_torchvision()
+
+from diffsynth.pipelines.z_image import ZImagePipeline  # noqa: E402
+from tiny import BASE as ANY_BASE  # noqa: E402
+from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_flux2, tiny_z_image  # noqa: E402
+
+BASE = {name: value for name, value in ANY_BASE.items() if name != "cfg_scale"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ses_fast.enable(tiny_z_image())
+
+
+def call(pipe, budget=6, reward=brightness, config=None, **arguments):
+    config = SESConfig(**QUIET | (config or {}))
+    return pipe(**BASE | SES | {"ses_reward_model": reward} | arguments, ses_eval_budget=budget, ses_config=config)
+
+
+def contrast(images, prompt):
+    return images.float().std((1, 2, 3))
+
+
+def dark(images, prompt):
+    return -brightness(images, prompt)
+
+
+# ---------------------------------------------------------------- a state knows its search
+
+
+def of_a_pipeline(other, **changed):
+    def run(pipe, state):
+        call(other or pipe, 8, config={"state": state}, **changed)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        pytest.param({"reward": dark}, "its reward was '.*brightness', this call's is '.*dark'", id="another reward"),
+        pytest.param({"prompt": "zebra"}, "its prompt was 'a red fox', this call's is 'zebra'", id="another prompt"),
+        pytest.param({"ses_inference_steps": 1}, "ses_inference_steps was 2, this call's is 1", id="fewer steps"),
+        pytest.param({"cfg_scale": 2.0}, "its cfg_scale was 1.0, this call's is 2.0", id="another guidance"),
+        pytest.param({"negative_prompt": "dark"}, "its negative_prompt was '', this call's is 'dark'", id="negative"),
+        pytest.param({"sigma_shift": 7.0}, "its sigma_shift was None, this call's is 7.0", id="another schedule"),
+        pytest.param({"input_image": PHOTO}, "its input_image was None, this call's is 'sha256:", id="a picture"),
+    ],
+)
+def test_a_state_of_another_search_is_refused_by_name(pipe, arguments, message):
+    call(pipe, 3)
+    state = pipe.ses_result.state
+    with pytest.raises(ValueError, match=f"the state is of another search: .*{message}"):
+        call(pipe, 8, config={"state": state}, **arguments)
+    call(pipe, 8, config={"state": state}, num_inference_steps=4, cfg_scale=1.0)  # the final image's steps may differ
+    assert pipe.ses_result.evaluations == 8
+
+
+def test_a_state_of_another_pipeline_is_refused():
+    z_image, flux = ses_fast.enable(tiny_z_image()), ses_fast.enable(tiny_flux2(klein=True))
+    call(z_image, 3)
+    state = z_image.ses_result.state
+    with pytest.raises(ValueError, match="its pipeline was 'ZImagePipeline', this call's is 'Flux2ImagePipeline'|noise"):
+        call(flux, 6, config={"state": state}, seed=None)
+
+
+def test_a_state_that_does_not_say_what_it_scored_is_refused(pipe):
+    call(pipe, 1)
+    base = pipe.ses_result.state.base
+    state = ses_fast.evolve(
+        base, lambda z: z.mean().item(), 3, 4, 2, dwt_level=1, include_base=True, seed=3, progress=False
+    ).state
+    with pytest.raises(ValueError, match="does not say what its scores are of"):
+        call(pipe, 6, config={"state": state})
+
+
+def test_a_pipelines_state_is_no_plain_searchs(pipe):
+    call(pipe, 3)
+    state = pipe.ses_result.state
+    settings = {"popsize": 4, "k_elites": 2, "dwt_level": 1, "include_base": True, "progress": False}
+    with pytest.raises(ValueError, match="comes? from a pipeline's call .*a red fox"):
+        ses_fast.evolve(state.base, lambda z: 0.0, 6, **settings, state=state)
+
+
+def test_the_scale_of_a_sum_of_rewards_belongs_to_the_state(pipe, tmp_path):
+    reward = WeightedReward({"b": brightness, "c": contrast}, {"b": 1.0, "c": 1.0})
+    call(pipe, 12, reward)
+    whole = pipe.ses_result
+    call(pipe, 6, reward)
+    pipe.ses_result.save(tmp_path / "half")
+    call(pipe, 6, reward, prompt="zebra")  # the same loaded reward, for another search
+    state = ses_fast.SearchResult.load(tmp_path / "half").state
+    other = WeightedReward({"b": brightness, "c": contrast}, {"b": 1.0, "c": 1.0})
+    call(pipe, 12, other, {"state": state})
+    assert pipe.ses_result.trace == whole.trace  # the members' raw scores too
+    assert set(whole.trace[0].members) == set(whole.trace[-1].members) == {"b", "c"}
+    heavier = WeightedReward({"b": brightness, "c": contrast}, {"b": 1.0, "c": 2.0})
+    with pytest.raises(ValueError, match="its c was 1.0, this call's is 2.0"):
+        call(pipe, 12, heavier, {"state": state})
+
+
+def test_a_state_gives_the_base_only_where_the_call_has_no_noise_of_its_own():
+    """A given initial noise is the call's own: the state's base must not take its place in silence."""
+    pipe = ses_fast.enable(tiny_flux2(klein=True))
+    call(pipe, 3, seed=None)
+    state = pipe.ses_result.state
+    noise = torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(5)).to(state.base.dtype)
+    with pytest.raises(ValueError, match="base latents are not these"):
+        call(pipe, 6, config={"state": state}, seed=None, initial_noise=noise)
+
+
+# ---------------------------------------------------------------- what is handed out
+
+
+@pytest.mark.parametrize("order", [("writes", "b"), ("b", "writes")])
+def test_a_reward_that_writes_on_its_images_spoils_no_other(pipe, order):
+    def writes(images, prompt):
+        scores = brightness(images, prompt)
+        images.zero_()
+        return scores
+
+    rewards = {"writes": writes, "b": brightness}
+    seen = []
+    call(
+        pipe,
+        4,
+        WeightedReward({name: rewards[name] for name in order}, dict.fromkeys(order, 1.0)),
+        {"report_rewards": {name: rewards[name] for name in order}, "on_preview": lambda *given: seen.append(given[0])},
+    )
+    result = pipe.ses_result
+    assert all(each.members["writes"] == each.members["b"] for each in result.trace)
+    assert result.held_out["writes"] == result.held_out["b"] and result.held_out["b"].answer != 0
+    assert all(images.std() > 0.1 for images in seen)
+
+
+def test_a_callback_that_writes_on_what_it_gets_changes_nothing(pipe):
+    call(pipe, 8)
+    clean = pipe.ses_result
+
+    def vandal(images, scores, generation, first):
+        images.zero_()
+        scores.fill_(99.0)
+
+    call(pipe, 8, config={"on_preview": vandal})
+    assert pipe.ses_result.trace == clean.trace
+
+
+# ---------------------------------------------------------------- asked for and not done
+
+
+def test_a_call_that_does_not_run_the_units_is_an_error():
+    class Cached(ZImagePipeline):
+        def __call__(self, prompt="", seed=None, **kwargs):
+            return PHOTO
+
+    pipe = tiny_z_image()
+    pipe.__class__ = Cached
+    ses_fast.enable(pipe)
+    assert pipe("a fox") is PHOTO
+    with pytest.raises(ValueError, match="Cached does not run pipe.units, so SES has searched nothing"):
+        call(pipe)
+
+
+def test_a_call_that_runs_the_stock_one_twice_is_an_error():
+    class Twice(ZImagePipeline):
+        def __call__(self, *args, **kwargs):
+            super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+
+    pipe = tiny_z_image()
+    pipe.__class__ = Twice
+    ses_fast.enable(pipe)
+    with pytest.raises(ValueError, match="Twice runs its units more than once") as caught:
+        call(pipe)
+    assert pipe.ses_result.evaluations == 6 and caught.value.__traceback__ is not None
+    assert pipe.units[-1].request is None
+    pipe(**BASE)  # and without SES it does as before
+
+
+# ---------------------------------------------------------------- an error hides no error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the user's")], ids=repr)
+def test_a_clean_up_that_fails_does_not_replace_the_error(error):
+    pipe = ses_fast.enable(tiny_z_image())
+
+    def reward(images, prompt):
+        def lost(names):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        pipe.load_models_to_device = lost
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        call(pipe, reward=reward)
+    assert caught.value is error and error.ses_result is pipe.ses_result
+    assert "device-side assert" in error.__notes__[0]
+
+
+@pytest.mark.parametrize("step, expected", [(1, "the denoiser, in step 1 of 2"), (2, "the denoiser, in step 2 of 2")])
+def test_the_part_that_fails_first_is_named_the_denoiser(step, expected):
+    pipe, calls = ses_fast.enable(tiny_z_image()), []
+    stock = pipe.scheduler.step
+
+    def nan_from(predicted, timestep, sample, **others):
+        calls.append(None)
+        latents = stock(predicted, timestep, sample, **others)
+        return latents * float("nan") if (len(calls) - 1) % 2 + 1 >= step else latents
+
+    pipe.scheduler.step = nan_from
+    with pytest.warns(UserWarning, match=expected), pytest.raises(RuntimeError, match=expected):
+        call(pipe, 3)
+
+
+def test_the_part_that_fails_first_is_named_the_decoder():
+    pipe = ses_fast.enable(tiny_z_image())
+    pipe.vae_decoder.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    expected = "the denoiser's latents are finite, and the decoder's image is not"
+    with pytest.warns(UserWarning, match=expected), pytest.raises(RuntimeError, match=expected):
+        call(pipe, 3)
+
+
+def test_the_part_that_fails_first_is_named_the_reward(pipe):
+    expected = "the image is finite, and the score of the reward is not"
+    with pytest.warns(UserWarning, match=expected), pytest.raises(RuntimeError, match=expected):
+        call(pipe, 3, lambda images, prompt: float("nan"))
+    reward = WeightedReward({"good": brightness, "bad": lambda i, p: [float("nan")] * len(i)}, {"good": 1, "bad": 1})
+    with pytest.warns(UserWarning, match="the score of the reward 'bad' is not"), pytest.raises(RuntimeError):
+        call(pipe, 3, reward)
+
+
+# ---------------------------------------------------------------- enable changes only the call
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_an_enabled_pipeline_pickles_as_the_stock_one(protocol):
+    pipe = tiny_flux2(klein=True)
+    pickle.dumps(pipe, protocol)
+    ses_fast.enable(pipe)
+    call(pipe, 3)
+    again = pickle.loads(pickle.dumps(pipe, protocol))
+    assert type(again) is type(pipe) and isinstance(again, type(pipe)._ses_stock)
+    assert np.array_equal(pixels(call(again, 3)), pixels(call(pipe, 3)))
+    assert type(ses_fast.disable(again)).__name__ == type(pipe).__name__ and not hasattr(again, "ses_result")
+    assert pipe.ses_result is not None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_and_its_original_are_disabled_apart(copied):
+    pipe = ses_fast.enable(tiny_flux2(klein=True))
+    stock = pixels(pipe(**BASE))
+    other = copied(pipe)
+    ses_fast.disable(other)
+    assert np.array_equal(pixels(other(**BASE)), stock)
+    call(pipe, 3)
+    assert pipe.ses_result.evaluations == 3
+    ses_fast.disable(pipe)
+    with pytest.raises(TypeError, match="enable_ses"):
+        pipe(**BASE, enable_ses=True)
+
+
+def test_units_in_a_tuple_stay_a_tuple():
+    pipe = tiny_z_image()
+    pipe.units = tuple(pipe.units)
+    units = pipe.units
+    ses_fast.enable(pipe)
+    call(pipe, 3)
+    assert pipe.ses_result.evaluations == 3 and isinstance(pipe.units, tuple)
+    ses_fast.disable(pipe)
+    assert pipe.units == units and type(pipe) is ZImagePipeline
+
+
+# ---------------------------------------------------------------- no budget, and small things
+
+
+def test_a_budget_of_none_is_the_stock_image_and_loads_nothing(pipe, monkeypatch):
+    monkeypatch.setattr("ses_fast.rewards.load_reward", lambda *given, **named: pytest.fail("loaded"))
+    stock = pixels(pipe(**BASE))
+    image = pipe(**BASE, enable_ses=True, ses_eval_budget=0, ses_config=SESConfig(report_rewards=["hps"]))
+    assert np.array_equal(pixels(image), stock) and pipe.ses_result is None
+
+
+def test_the_seconds_are_the_wall_clocks(pipe):
+    import time
+
+    begin = time.perf_counter()
+    call(pipe, 6, config={"report_rewards": {"dark": dark}})
+    wall = time.perf_counter() - begin
+    seconds = dict(pipe.ses_result.seconds)
+    total = seconds.pop("total")
+    assert total == pytest.approx(sum(seconds.values())) == pytest.approx(wall, rel=0.02, abs=0.005)
+    assert seconds["held_out"] > 0 and min(seconds.values()) >= 0
+
+
+def test_a_held_out_reward_judges_the_images_that_a_user_gets(pipe):
+    judged = []
+
+    def held_out(images, prompt):
+        judged.append(images.clone())
+        return brightness(images, prompt)
+
+    steps = {"num_inference_steps": 5}
+    image = call(pipe, 6, config={"report_rewards": {"held": held_out}, "batch_size": 3}, **steps)
+    base = pipe(**BASE | steps)
+    assert pipe.ses_result.best.generation + pipe.ses_result.best.index > 0
+    shown = [pixels(pipe.vae_output_to_image(each)) for each in judged]
+    assert np.array_equal(shown[0], pixels(base)) and np.array_equal(shown[1], pixels(image)) and len(shown) == 2
+    judged.clear()
+    call(pipe, 1, config={"report_rewards": {"held": held_out}})
+    assert len(judged) == 1  # the answer is the base
+    held = pipe.ses_result.held_out["held"]
+    assert held.base == held.answer
+
+
+def test_the_base_of_a_state_is_judged_too(pipe):
+    torch.manual_seed(0)
+    call(pipe, 3, seed=None)
+    state, seed = pipe.ses_result.state, pipe.ses_result.seed
+    call(pipe, 6, config={"state": state, "report_rewards": {"dark": dark}}, seed=None)
+    from_state = pipe.ses_result.held_out
+    call(pipe, 6, config={"report_rewards": {"dark": dark}}, seed=seed)
+    assert from_state == pipe.ses_result.held_out
+
+
+def test_settings_compare_and_print_without_harm(pipe):
+    latents = torch.zeros(1, 16, 8, 8)
+    call(pipe, 3)
+    state = pipe.ses_result.state
+    assert SESConfig() == SESConfig() and SESConfig(seed=1) != SESConfig(seed=2)
+    assert SESConfig(latents=latents) == SESConfig(latents=latents) != SESConfig(latents=latents.clone())
+    assert hash(SESConfig(seed=1)) == hash(SESConfig(seed=1)) and SESConfig() != 3
+    config = SESConfig(popsize=4, k_elites=2, dwt_level=1, state=state, on_preview=print, report_rewards=["hps"])
+    expected = "popsize=4, k_elites=2, dwt_level=1, on_preview=<builtin_function_or_method>, state=<SearchState>"
+    assert repr(config) == f"SESConfig({expected}, report_rewards=['hps'])"
+    assert repr(SESConfig()) == "SESConfig()"
+
+
+def test_two_threads_with_pipelines_of_their_own_and_one_reward():
+    reward = WeightedReward({"b": brightness, "c": contrast}, {"b": 1.0, "c": 1.0})
+    pipes = [ses_fast.enable(tiny_z_image()) for _ in range(2)]
+    prompts = ["a red fox", "zebra"]
+    alone = []
+    for one, prompt in zip(pipes, prompts, strict=True):
+        call(one, 8, reward, prompt=prompt)
+        alone.append(one.ses_result.trace)
+    threads = [
+        threading.Thread(target=call, args=(one, 8, reward), kwargs={"prompt": prompt})
+        for one, prompt in zip(pipes, prompts, strict=True)
+    ]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert [one.ses_result.trace for one in pipes] == alone
+
+
+def test_sides_that_differ_beside_the_text_do_not_share_a_batch():
+    """CFG's two sides share a batch only where everything but their texts is equal."""
+    pipe = ses_fast.enable(tiny_flux2(klein=True))
+    unit = pipe.units[-1]
+
+    sizes, forward = [], unit.forward_together
+    stock = unit.process
+
+    def process(pipe, inputs_shared, inputs_posi, inputs_nega):
+        inputs_nega["text_ids"] = inputs_posi["text_ids"].clone() + 1
+        return stock(pipe, inputs_shared, inputs_posi, inputs_nega)
+
+    unit.process = process
+    unit.forward_together = lambda *args, **inputs: sizes.append(len(inputs["latents"])) or forward(*args, **inputs)
+    search(pipe, budget=4, call={"cfg_scale": 3.0, "negative_prompt": "dark"}, batch_size=4)
+    assert set(sizes) == {4}  # not 8: the sides go apart
