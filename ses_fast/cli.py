@@ -11,7 +11,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -46,72 +46,111 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work()
 
 
+@dataclass(frozen=True)
+class Job:
+    """What `generate` was asked to do, checked."""
+
+    prompt: str
+    model: str
+    reward: str
+    reward_weights: str | None
+    report_rewards: tuple[str, ...]
+    seed: int
+    steps: int
+    preview_steps: int
+    budget: int
+    size: dict[str, int]  # height and width, where given
+    search: dict[str, Any]  # SESConfig's settings
+    out: Path
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> "Job":
+        """Raises ValueError for what no job can be, before anything is loaded."""
+        prompt = _checked_prompt(args.prompt)
+        _known("model", args.model, MODELS)
+        reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
+        report = tuple(args.report_reward or ())
+        from .rewards import REWARDS
+
+        for name in (reward, *report):
+            _known("reward", name, {*EMBEDDED, *REWARDS})
+            if name in EMBEDDED and args.model != "embedded":
+                raise ValueError(
+                    f"the reward {name!r} knows the embedded model's captions alone: name another, as pick"
+                )
+        if reward in EMBEDDED and args.reward_weights:
+            raise ValueError("--reward-weights: the embedded reward has its own weights")
+        if args.model == "embedded":
+            from .embedded.pipeline import check_size, check_words
+
+            check_words(prompt)
+            check_size(args.height or 1, args.width or 1)
+        _check_writable(args.out)
+        return Job(
+            prompt=prompt,
+            model=args.model,
+            reward=reward,
+            reward_weights=args.reward_weights,
+            report_rewards=report,
+            seed=args.seed,
+            steps=args.steps,
+            preview_steps=args.preview_steps or args.steps,
+            budget=args.budget,
+            size={name: getattr(args, name) for name in ("height", "width") if getattr(args, name)},
+            search={
+                "popsize": args.popsize,
+                "k_elites": args.elites,
+                "wavelet_name": args.wavelet,
+                "dwt_level": args.level,
+                "batch_size": args.batch_size,
+            },
+            out=args.out,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As JSON, without the folder."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "out"}
+        return plain | plain.pop("size") | plain.pop("search")
+
+
 def _generate(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments of `generate` and loads what they name."""
-    if not args.prompt.strip():
-        raise ValueError("the prompt is empty")
-    args.reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
-    args.preview_steps = args.preview_steps or args.steps
-    from .rewards import REWARDS
-
-    _known("model", args.model, MODELS)
-    args.report_reward = args.report_reward or []
-    for name in (args.reward, *args.report_reward):
-        _known("reward", name, {*EMBEDDED, *REWARDS})
-        if name in EMBEDDED and args.model != "embedded":
-            raise ValueError(f"the reward {name!r} knows the embedded model's captions alone: name another, as pick")
-    if args.reward in EMBEDDED and args.reward_weights:
-        raise ValueError("--reward-weights: the embedded reward has its own weights")
-    _check_writable(args.out)
-
+    job = Job.of(args)
     from . import pipelines, report  # here, so that a missing package is said before anything is loaded
 
-    if args.model == "embedded":
-        from .embedded.pipeline import check_size
-
-        check_size(args.height or 1, args.width or 1)
-    previews = _BestPreviews(args.budget)
-    config = pipelines.SESConfig(
-        popsize=args.popsize,
-        k_elites=args.elites,
-        wavelet_name=args.wavelet,
-        dwt_level=args.level,
-        batch_size=args.batch_size,
-        on_preview=previews,
-    )
-    reward = _load_reward(args.reward, args.reward_weights)
-    config = replace(config, report_rewards={name: _load_reward(name, None) for name in args.report_reward})
-    pipe = pipelines.enable(MODELS[args.model]())
-    return partial(_search, args, pipe, reward, config, previews, report)
+    previews = _BestPreviews(job.budget)
+    config = pipelines.SESConfig(**job.search, on_preview=previews)
+    reward = _load_reward(job.reward, job.reward_weights)
+    config = replace(config, report_rewards={name: _load_reward(name, None) for name in job.report_rewards})
+    pipe = pipelines.enable(MODELS[job.model]())
+    return partial(_search, job, pipe, reward, config, previews, report)
 
 
-def _search(
-    args: argparse.Namespace, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any
-) -> None:
-    size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
+def _search(job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any) -> None:
     call = partial(
         pipe,
-        args.prompt,
-        seed=args.seed,
-        num_inference_steps=args.steps,
+        job.prompt,
+        seed=job.seed,
+        num_inference_steps=job.steps,
         progress_bar_cmd=lambda steps: steps,
-        **size,
+        **job.size,
     )
-    call(enable_ses=False).save(args.out / "base.png")
+    call(enable_ses=False).save(job.out / "base.png")
     image = call(
         enable_ses=True,
         ses_reward_model=reward,
-        ses_eval_budget=args.budget,
-        ses_inference_steps=args.preview_steps,
+        ses_eval_budget=job.budget,
+        ses_inference_steps=job.preview_steps,
         ses_config=config,
     )
-    image.save(args.out / "image.png")
+    image.save(job.out / "image.png")
 
     result = pipe.ses_result
     scores = [evaluation.score for evaluation in result.trace]
     generations = [evaluation.generation for evaluation in result.trace]
-    report.draw_budgets(previews.best, args.out / "budgets.png", args.prompt)
-    report.draw_curve(scores, generations, args.out / "curve.png", result.base_score)
+    report.draw_budgets(previews.best, job.out / "budgets.png", job.prompt)
+    report.draw_curve(scores, generations, job.out / "curve.png", result.base_score)
     summary = {
         "base_score": _number(result.base_score),
         "score": result.score,
@@ -120,21 +159,21 @@ def _search(
         },
         "evaluations": result.evaluations,
         "seed": result.seed,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("prepare", "out")},
+        "settings": job.settings,
         "versions": {"ses-fast": __version__, "python": platform.python_version(), **_versions()},
         "scores": [
             {"generation": each.generation, "index": each.index, "score": _number(each.score)} for each in result.trace
         ],
         "seconds": result.seconds,
     }
-    (args.out / "result.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    (job.out / "result.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     print(f"base score   {result.base_score:.2f}")
     print(f"best score   {result.score:.2f}")
     for name, held in result.held_out.items():
         print(f"held out     {name}: base {held.base:.2f}, best {held.answer:.2f}")
     print(f"evaluations  {result.evaluations}")
     print(f"seconds      {result.seconds['total']:.1f}")
-    print(f"written to   {args.out}: {' '.join(WRITTEN)}")
+    print(f"written to   {job.out}: {' '.join(WRITTEN)}")
 
 
 class _BestPreviews:
@@ -261,6 +300,17 @@ def _load_reward(name: str, weights: str | None) -> Any:
 def _known(kind: str, name: str, names: Collection[str]) -> None:
     if name not in names:
         raise ValueError(f"unknown {kind} {name!r}; the known ones are {', '.join(sorted(names))}")
+
+
+def _checked_prompt(prompt: str) -> str:
+    """The prompt. Raises ValueError for an empty one, and for bytes that are no text."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid UTF-8 text") from None
+    return prompt
 
 
 def _check_writable(folder: Path) -> None:

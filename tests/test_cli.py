@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -154,6 +155,15 @@ def test_marks(budget, marks):
         assert (score, image[0, 0, 0]) == (math.sin(best), best)
 
 
+@pytest.mark.parametrize("scores, best", [([1.0, math.inf, 2.0], 2), ([1.0, 3.0, 3.0, 2.0], 1), ([math.nan, 1.0], 1)])
+def test_the_best_preview_is_the_first_of_the_finite_best(scores, best):
+    """As the search counts: plus infinity is no score, and the first of equals wins."""
+    previews = cli._BestPreviews(len(scores))
+    for i, score in enumerate(scores):
+        previews(torch.full((1, 3, 2, 2), float(i)), [score], 0, i)
+    assert previews.best[len(scores)][1][0, 0, 0] == best
+
+
 def test_a_score_that_is_not_finite_is_null_in_the_result(toy, tmp_path, monkeypatch):
     scores = iter([math.nan, 1.0, -math.inf, 3.0, 2.0])
     monkeypatch.setattr(cli, "_load_reward", lambda name, weights: lambda images, prompt: torch.tensor([next(scores)]))
@@ -217,6 +227,8 @@ BAD = {
     "no prompt": (["generate"], "required: prompt"),
     "empty prompt": (["generate", ""], "the prompt is empty"),
     "blank prompt": (["generate", " \n"], "the prompt is empty"),
+    "201 words": (["generate", "red " * 201], "the embedded model reads up to 200 words, got 201"),
+    "bytes that are no text": (["generate", os.fsdecode(b"\xff\xfe bad")], "the prompt is not valid UTF-8 text"),
     "unknown option": (["generate", PROMPT, "--bugdet", "3"], "--bugdet"),
     "budget 0": (["generate", PROMPT, "--budget", "0"], "--budget: must be at least 1, got 0"),
     "budget below 0": (["generate", PROMPT, "--budget", "-5"], "--budget: must be at least 1, got -5"),

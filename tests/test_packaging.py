@@ -20,23 +20,46 @@ HEAVY = ("triton", "diffsynth", "transformers", "matplotlib", "pywt")
 # Who imports whom, no more and no less (each may also import `errors` and its own package). `loop` receives callables:
 # no pipeline or reward.
 IMPORTS = {
-    "__init__": {"embedded", "loop", "ops", "pipelines", "rewards"},
+    "__init__": {"embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
     "cli": {"_torchvision", "embedded", "ops", "pipelines", "report", "rewards"},
     "cpu": set(),
     "embedded": {"_torchvision", "rewards"},
     "evolution": {"ops", "spectral"},
+    "files": set(),
     "kernels": {"reference"},
-    "loop": {"cpu", "evolution"},
+    "loop": {"cpu", "evolution", "objective", "recorder", "result", "stopwatch"},
+    "objective": {"scores"},
     "ops": {"kernels", "reference"},
-    "pipelines": {"_torchvision", "cpu", "evolution", "loop", "ops", "rewards"},
+    "pipelines": {
+        *("_torchvision", "cpu", "evolution", "loop", "objective", "ops"),
+        *("result", "rewards", "scores", "stopwatch"),
+    },
+    "recorder": {"evolution", "objective", "result", "stopwatch"},
     "reference": set(),
     "report": set(),
+    "result": {"evolution", "files"},
     "rewards": {"_torchvision", "cpu", "ops"},
+    "scores": set(),
     "spectral": {"ops", "reference"},
+    "stopwatch": set(),
     "_torchvision": set(),
     "errors": set(),
 }
+# The same inside the room with most guests: a library's adapter stands on top, settings and renderer lowest.
+IN_PIPELINES = {
+    "__init__": {"config"},
+    "batching": set(),
+    "compiling": set(),
+    "config": set(),
+    "diffsynth": {"compiling", "config", "renderer", "request", "run"},
+    "previews": {"batching", "renderer"},
+    "renderer": set(),
+    "request": {"config"},
+    "run": {"batching", "compiling", "previews", "renderer", "request"},
+}
+MOST_LINES = 450  # of a file under ses_fast/
+LONG = {"reference.py", "embedded/train.py"}
 ONLY_IN = {"matplotlib": {"report"}, "triton": {"kernels"}}
 
 
@@ -79,6 +102,26 @@ def test_imports_go_one_way(module):
     assert not any(name[0] == "kernels" for name in names), "the kernels are only ever ses_fast.kernels"
     for package, modules in ONLY_IN.items():
         assert module in modules or not any(name[0] == package for name in names), f"{module} imports {package}"
+
+
+@pytest.mark.parametrize("module", IN_PIPELINES)
+def test_imports_go_one_way_inside_the_pipelines_room(module):
+    room = ROOT / "ses_fast" / "pipelines"
+    files = [path for path in sources() if room in path.parents]
+    assert {path.relative_to(room).parts[0].removesuffix(".py") for path in files} == set(IN_PIPELINES)
+    mine = [path for path in files if path.relative_to(room).parts[0].removesuffix(".py") == module]
+    names = set().union(*map(imports, mine))
+    inside = {name[2] for name in names if name[:2] == ("ses_fast", "pipelines") and len(name) > 2}
+    assert inside - {module} == IN_PIPELINES[module]
+
+
+def test_no_file_is_too_long_to_have_one_reason_to_change():
+    lines = {str(path.relative_to(ROOT / "ses_fast")): text_lines(path) for path in (ROOT / "ses_fast").rglob("*.py")}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES and name not in LONG}
+
+
+def text_lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
 
 
 def test_every_module_has_its_place():

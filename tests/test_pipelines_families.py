@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import ses_fast
-from ses_fast import SESConfig
 from ses_fast._torchvision import mend_torchvision
 from ses_fast.pipelines.batching import first_size
 from ses_fast.pipelines.diffsynth.unit import SESUnit

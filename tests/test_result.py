@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ses_fast
@@ -87,3 +88,124 @@ def test_a_result_is_printed_in_a_line_without_its_tensors():
     result = ses_fast.evolve(torch.zeros(1, 2, 16, 16), lambda z: 1.5, 2, 2, 1, dwt_level=1, progress=False, seed=0)
     text = repr(result)
     assert "score=1.5" in text and "evaluations=2" in text and "tensor(" not in text and "\n" not in text
+
+
+# ---------------------------------------------------------------- files from elsewhere
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(facts, tensors, load): what a result's file holds, and how to load one that was changed."""
+    result = ses_fast.evolve(BASE, score, 12, **OPTIONS, seed=1, include_base=True)
+    result.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", "pt") as file:
+        facts = json.loads(file.metadata()["ses_fast"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+
+    def load(facts, tensors):
+        text = facts if isinstance(facts, str) else json.dumps(facts)
+        save_file(tensors, tmp_path / "changed", metadata={"ses_fast": text})
+        return SearchResult.load(tmp_path / "changed")
+
+    assert load(facts, tensors).trace == result.trace
+    return facts, tensors, load
+
+
+def without(facts, name):
+    return {key: value for key, value in facts.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(lambda f: "[]", "says nothing of a search", id="a list"),
+        pytest.param(lambda f: "null", "says nothing of a search", id="null"),
+        pytest.param(lambda f: "[" * 200_000, "is no result", id="nested too deep"),
+        pytest.param(lambda f: "{", "is no result", id="torn"),
+        pytest.param(lambda f: f | {"format": 1}, "is of format 1", id="an older version's"),
+        pytest.param(lambda f: without(f, "state"), "its state should be a dict", id="no state"),
+        pytest.param(lambda f: f | {"state": []}, "its state should be a dict", id="a list for a state"),
+        pytest.param(lambda f: f | {"state": without(f["state"], "seed")}, "lacks seed", id="half a state"),
+        pytest.param(lambda f: f | {"state": f["state"] | {"about": 3}}, "about must be a dict", id="about a number"),
+        pytest.param(lambda f: f | {"state": f["state"] | {"members": "ab"}}, "members must be a list", id="a name"),
+        pytest.param(lambda f: f | {"state": f["state"] | {"popsize": "4"}}, "popsize must be a whole", id="a word"),
+        pytest.param(lambda f: f | {"state": f["state"] | {"wavelet_name": []}}, "wavelet", id="a list for a wavelet"),
+        pytest.param(lambda f: without(f, "best"), "names candidate None as the best", id="no best"),
+        pytest.param(lambda f: f | {"best": 99}, "names candidate 99 as the best", id="a best that is not there"),
+        pytest.param(lambda f: f | {"best": "a"}, "names candidate 'a' as the best", id="a word for the best"),
+        pytest.param(lambda f: f | {"best": True}, "names candidate True as the best", id="a switch for the best"),
+        pytest.param(lambda f: f | {"best": (f["best"] + 1) % 12}, "and its scores say", id="a best that is not"),
+        pytest.param(lambda f: f | {"best": f["best"] - 12}, "and its scores say", id="counted from the end"),
+        pytest.param(lambda f: f | {"held_out": 3}, "its held_out should be a dict", id="a number for held-out"),
+        pytest.param(lambda f: f | {"held_out": {"a": [1]}}, "are not two numbers", id="one held-out score"),
+        pytest.param(lambda f: f | {"seconds": {"total": "1"}}, "seconds are not numbers", id="seconds in words"),
+        pytest.param(lambda f: without(f, "stopped"), "its stopped should be a str", id="not stopped"),
+        pytest.param(lambda f: f | {"stopped": "never"}, "stopped by 'never'", id="stopped by what"),
+    ],
+)
+def test_a_changed_header_is_one_clear_error(saved, change, message):
+    facts, tensors, load = saved
+    with pytest.raises(ValueError, match=f"changed .*{message}"):
+        load(change(facts), tensors)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param({"latents": torch.zeros(3)}, "not of the base's shape", id="another shape"),
+        pytest.param({"latents": BASE.double()}, "not of the base's shape and dtype", id="another dtype"),
+        pytest.param({"latents": BASE + 1}, "latents are not those of its best candidate", id="other latents"),
+        pytest.param({"scores": torch.zeros(3, dtype=torch.float64)}, "must be torch.float", id="fewer scores"),
+        pytest.param({"member_scores": torch.zeros(2, 12)}, "member_scores must be", id="scores of no member"),
+        pytest.param({"base": torch.zeros(2, 3)}, "one base", id="no base"),
+    ],
+)
+def test_changed_tensors_are_one_clear_error(saved, change, message):
+    facts, tensors, load = saved
+    with pytest.raises(ValueError, match=message):
+        load(facts, tensors | change)
+
+
+def test_a_folder_is_no_result(tmp_path):
+    with pytest.raises(ValueError, match="it is a folder"):
+        SearchResult.load(tmp_path)
+
+
+def test_saving_fails_clearly_and_leaves_nothing(tmp_path):
+    result = ses_fast.evolve(BASE, score, 4, **OPTIONS, seed=1)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        result.save(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*missing"):
+        result.save(tmp_path / "missing" / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    result = ses_fast.evolve(BASE, score, 4, **OPTIONS, seed=1)
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(tensors, file, metadata):
+        open(file, "w").write("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        result.save(path)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_saving_destroys_nothing_beside_it(tmp_path):
+    result = ses_fast.evolve(BASE, score, 4, **OPTIONS, seed=1)
+    result.save(tmp_path / "a.part")
+    result.save(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.part"]
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o640)
+    result.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and SearchResult.load(tmp_path / "real").trace == result.trace
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -39,8 +39,8 @@ class EmbeddedPipeline(ZImagePipeline):
         call.arguments = {"height": SIZE, "width": SIZE} | call.arguments
         check_size(call.arguments["height"], call.arguments["width"])
         for text in (call.arguments.get("prompt"), call.arguments.get("negative_prompt")):
-            if isinstance(text, str) and len(text.split()) > MOST_WORDS:
-                raise ValueError(f"the embedded model reads up to {MOST_WORDS} words, got {len(text.split())}")
+            if isinstance(text, str):
+                check_words(text)
         prompt, known = call.arguments.get("prompt", ""), world.vocabulary()
         unknown = [word for word in prompt.split() if word not in known] if isinstance(prompt, str) else []
         if unknown:
@@ -50,6 +50,12 @@ class EmbeddedPipeline(ZImagePipeline):
                 stacklevel=2,
             )
         return super().__call__(*call.args, **call.kwargs)
+
+
+def check_words(text: str) -> None:
+    """Raises ValueError for a prompt of more than MOST_WORDS words."""
+    if (count := len(text.split())) > MOST_WORDS:
+        raise ValueError(f"the embedded model reads up to {MOST_WORDS} words, got {count}")
 
 
 def check_size(height: int, width: int) -> None:

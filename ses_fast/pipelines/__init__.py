@@ -7,7 +7,7 @@ from .config import SESConfig
 
 __all__ = ["SESConfig", "disable", "enable"]
 
-# A library that SES knows, in the order it is asked -> the module here that adapts it: `family_of`, `enable`, `disable`.
+# A library that SES knows -> the module here that adapts it: `FAMILIES`, `family_of`, `enable`, `disable`.
 ADAPTERS = {"DiffSynth-Studio": "diffsynth"}
 
 

@@ -124,7 +124,9 @@ def _fact(value: Any) -> Any:
 def _digest(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else bytes(part.numpy() if torch.is_tensor(part) else part))
+        digest.update(
+            part.encode() if isinstance(part, str) else bytes(part.numpy() if torch.is_tensor(part) else part)
+        )
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

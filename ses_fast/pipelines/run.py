@@ -1,5 +1,7 @@
 """One search over previews, and the rewards that judge what it found: the same for every library."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,20 +52,17 @@ def search(
     size = first_size(config.batch_size, evolution.popsize, device, height, width)
     if renderer.largest_denoise == 1 and size != 1:
         warn("the call's inputs or the pipeline's model_fn allow no batch: previews go one by one")
-    batches = {"most": most, "device": device, "automatic": config.batch_size == "auto"}
+    batches = functools.partial(Batches, most=most, device=device, automatic=config.batch_size == "auto")
     whole = config.batch_size == "auto" or models_take_turns or isinstance(request.reward, WeightedReward)
     previews = Previews(
         renderer,
         request.reward,
         request.prompt,
         model=model,
-        denoising=Batches(
-            renderer.largest_denoise or size,
-            filled=renderer.static_shapes,
-            save_memory=renderer.save_memory,
-            **batches,
+        denoising=batches(
+            renderer.largest_denoise or size, filled=renderer.static_shapes, save_memory=renderer.save_memory
         ),
-        decoding=Batches(renderer.largest_decode or size, **batches),
+        decoding=batches(renderer.largest_decode or size),
         together=None if whole else int(config.batch_size),
         about=request.about,
         on_preview=config.on_preview,
@@ -112,7 +111,7 @@ def judge(
     scores = {}
     for name, reward in rewards.items():
         score = as_scores(reward(image.clone(), prompt), 1, f"held-out reward {name!r}").item()
-        if not torch.tensor(score).isfinite():
+        if not math.isfinite(score):
             warn(f"the held-out reward {name!r} gave a score that is not finite")
         scores[name] = score
     return scores

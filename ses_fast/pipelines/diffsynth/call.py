@@ -129,7 +129,7 @@ class SESPipeline:
         seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
         if request.held_out:
             of_answer = of_base
-            if not torch.equal(result.latents, result.state.base):
+            if result.latents is None or not torch.equal(result.latents, result.state.base):
                 try:
                     of_answer = judge(request.held_out, _as_tensor(image, self.device), request.prompt)
                 except BaseException as error:
@@ -152,13 +152,13 @@ class SESPipeline:
             error.add_note(f"the clean-up after this error failed as well: {failed!r}")
 
     def __getstate__(self) -> Any:
-        state = super().__getstate__()
+        state: Any = super().__getstate__()
         return {name: value for name, value in state.items() if name != NOTE}  # it is of the original's blocks
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made here, so that its name leads to the stock one: a copy makes it again.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _remake, (self._ses_stock,), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _remake, (self._ses_stock,), *reduced[2:]
 
 
 @functools.cache
@@ -177,14 +177,15 @@ def install(pipe: Any, family: type[SESUnit]) -> None:
     # A list of its own: a copy of the pipeline may share the old one.
     ours = next((unit for unit in pipe.units if isinstance(unit, SESUnit)), None) or family()
     units = type(pipe.units)([*_stock_units(pipe), ours])
-    if not isinstance(pipe, SESPipeline):
-        pipe.__class__ = enabled_class(type(pipe))
+    stock: Any = type(pipe)
+    if not issubclass(stock, SESPipeline):
+        pipe.__class__ = enabled_class(stock)
     pipe.units = units
 
 
 def remove(pipe: Any) -> None:
     """Undoes `install` and the compilation, and forgets the last result. Does nothing to a stock pipeline."""
-    if not isinstance(pipe, SESPipeline):
+    if not issubclass(type(pipe), SESPipeline):
         return
     units = type(pipe.units)(_stock_units(pipe))
     undo_compilation(pipe)
@@ -197,14 +198,13 @@ def _stock_units(pipe: Any) -> list[Any]:
     return [unit for unit in pipe.units if not isinstance(unit, SESUnit)]
 
 
-def _remake(stock: type) -> Any:
-    cls = enabled_class(stock)
-    return cls.__new__(cls)
+def _remake(stock: Any) -> Any:
+    return object.__new__(enabled_class(stock))
 
 
 def _facts_of(bound: inspect.BoundArguments) -> dict[str, Any]:
     """What the call's previews depend on, beside prompt and noise; one that was left out counts as its default."""
-    bound = inspect.BoundArguments(bound.signature, dict(bound.arguments))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(bound.signature, dict(bound.arguments))
     bound.apply_defaults()
     arguments = dict(zip(bound.signature.parameters, bound.arguments.values(), strict=True))
     for name, parameter in bound.signature.parameters.items():

@@ -3,10 +3,9 @@
 import inspect
 from typing import Any
 
-from torch import Tensor
-
 from diffsynth.diffusion.base_pipeline import PipelineUnit
 from diffsynth.pipelines.flux2_image import model_fn_flux2
+from torch import Tensor
 
 from .unit import SESUnit
 

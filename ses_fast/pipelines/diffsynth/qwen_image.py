@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from diffsynth.diffusion.base_pipeline import PipelineUnit
 from diffsynth.pipelines.qwen_image import model_fn_qwen_image
+from torch import Tensor
 
 from .unit import SESUnit
 

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from diffsynth.diffusion.base_pipeline import PipelineUnit
 from diffsynth.pipelines.z_image import model_fn_z_image, model_fn_z_image_turbo
+from torch import Tensor
 
 from .unit import SESUnit
 
