@@ -12,18 +12,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny import brightness, manage_vram, tiny_z_image
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ses_fast
 from ses_fast import SESConfig, cpu, embedded
-from ses_fast._torchvision import mend_torchvision
 from ses_fast.cpu import LEAST_WORK, fast_linears
-
-mend_torchvision()
-
-from tiny import brightness, manage_vram, tiny_z_image  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),

@@ -8,10 +8,10 @@ import torch
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.pipelines.base import SESUnit, _first_batch_size
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.utils.ses import ses_search  # noqa: E402
 from tiny import (  # noqa: E402

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torchvision import mend_torchvision
+from .._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
 from diffsynth.pipelines.flux2_image import model_fn_flux2  # noqa: E402

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torchvision import mend_torchvision
+from .._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402
 from diffsynth.pipelines.qwen_image import model_fn_qwen_image  # noqa: E402
