@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bench.clip import unit
 from bench.environment import clock
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 import diffsynth.utils.ses.ses as stock  # noqa: E402
 from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402

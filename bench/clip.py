@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.rewards.clip import VIT_H_14
 
-mend_torchvision()
+declare_torchvision_ops()
 
 import transformers  # noqa: E402
 

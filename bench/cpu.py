@@ -32,7 +32,7 @@ import ses_fast
 from bench.environment import environment
 from bench.ops import result_path
 from ses_fast import ops
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.cpu import fast_linears
 
 LEVEL, POPSIZE, BUDGET = 4, 10, 50
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    mend_torchvision()
+    declare_torchvision_ops()
     rows = []
     jobs: list[tuple[Callable, tuple[int, ...]]] = [(each, shape) for each in (population, search) for shape in LATENTS]
     jobs += [(linear, shape) for shape in LAYERS] + [(resize, (3, 1024, 1024))]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bench.clip import filled
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.core.vram.initialization import skip_model_initialization  # noqa: E402
 from diffsynth.diffusion.base_pipeline import PipelineUnit  # noqa: E402

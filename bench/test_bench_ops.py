@@ -318,9 +318,9 @@ def test_search(measure, shape, way):
         return -latents.float().square().mean(tuple(range(1, latents.dim())))
 
     try:
-        from ses_fast._torchvision import mend_torchvision
+        from ses_fast._torchvision import declare_torchvision_ops
 
-        mend_torchvision()
+        declare_torchvision_ops()
         from diffsynth.utils.ses import ses_search
     except ImportError:
         if way == "diffsynth":

@@ -19,7 +19,7 @@ _SCHEMAS = {
 _library: torch.library.Library | None = None  # a Library takes its schemas with it when it is collected
 
 
-def mend_torchvision() -> None:
+def declare_torchvision_ops() -> None:
     """Declares torchvision's operators where its compiled part cannot.
 
     To call right before an import of diffsynth or transformers. Does nothing where torchvision loads,
@@ -46,7 +46,7 @@ def _compiled_part_loads(folder: Path) -> bool:
         try:
             torch.ops.load_library(library)
         except OSError:
-            continue  # its own libraries are missing: the case to mend
+            continue  # its own libraries are missing: the case to help
         if _declared("nms"):
             return True
     return False

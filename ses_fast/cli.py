@@ -262,9 +262,9 @@ def _z_image_turbo() -> Any:
     from .errors import missing_extra
 
     try:
-        from ._torchvision import mend_torchvision
+        from ._torchvision import declare_torchvision_ops
 
-        mend_torchvision()
+        declare_torchvision_ops()
         from diffsynth.pipelines.z_image import ModelConfig, ZImagePipeline
     except ModuleNotFoundError as error:
         raise missing_extra("diffsynth", "diffsynth") from error

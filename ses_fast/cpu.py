@@ -1,55 +1,96 @@
 """What makes previews on a CPU quick: linear layers by oneDNN, and freed memory that is used again."""
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-# Multiplications of a layer. Below, oneDNN's call, which is dearer than MKL's, costs more than it gains.
+# Multiplications of a layer. Below, oneDNN's call, which costs more than MKL's, takes longer than it saves.
 LEAST_WORK = 2**21
 
 
 @contextmanager
 def fast_linears(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Inside, oneDNN computes the fp32 `nn.Linear`s of `model` that lie on the CPU: the same, to fp32's rounding.
+    """Inside, oneDNN computes the fp32 `nn.Linear`s of `model` that lie on the CPU: as torch does, up to fp32 rounding.
 
-    torch gives them to MKL, which can be slower (`python -m bench.cpu`: by half on an AMD EPYC). Their weights stay as
-    they are, and so do layers of other classes or with other weights (quantised, offloaded, with a LoRA), what is
-    computed with gradients or under autocast, and products below `LEAST_WORK`, where the model is not compiled. Does
-    nothing where torch lacks one of the two libraries, or oneDNN is turned off (`torch.backends.mkldnn.flags`).
+    torch gives them to MKL, which can be slower (`python -m bench.cpu`: by half on an AMD EPYC). Layers of other
+    classes or with other weights (quantised, offloaded, with a LoRA) stay as they are, and so does what is computed
+    with gradients or under autocast, and a product below `LEAST_WORK` where the model is not compiled. Does nothing
+    where torch lacks one of the two libraries, or oneDNN is turned off (`torch.backends.mkldnn.flags`).
+
+    when: False computes with torch's own layers inside, even within another `fast_linears`.
+    Holds for the calling thread alone: a thread that shares the layers computes as if nothing had happened. The
+    layers are `nn.Linear` again once no thread is inside, whatever exception ends it.
     """
-    layers = []
+    user, before, layers = object(), _thread.fast, []
     if when and torch.backends.mkldnn.enabled and _both_libraries():
-        layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _suits(layer)]
+        layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, _Linear) and _suits(layer)]
     try:
-        for layer in layers:
-            layer.__class__ = _Linear
+        _take(layers, user)
+        _thread.fast = bool(layers)
         yield
     finally:
+        # Twice, because an interrupt (Ctrl-C) may cut the first one short. The second one finds what is left to do.
+        try:
+            _give_back(layers, user)
+            _thread.fast = before
+        finally:
+            _give_back(layers, user)
+            _thread.fast = before
+
+
+class _Thread(threading.local):
+    fast = False  # whether the thread is inside of `fast_linears`
+
+
+_thread = _Thread()
+_users: dict[nn.Module, set[object]] = {}  # of each layer that is a `_Linear` now: one object for each `fast_linears`
+_lock = threading.RLock()  # of `_users`; reentrant, because a `fast_linears` may end in the garbage collector
+
+
+def _take(layers: Sequence[nn.Module], user: object) -> None:
+    with _lock:
         for layer in layers:
-            layer.__class__ = nn.Linear
+            _users.setdefault(layer, set()).add(user)
+            layer.__class__ = _Linear
+
+
+def _give_back(layers: Sequence[nn.Module], user: object) -> None:
+    with _lock:
+        for layer in layers:
+            users = _users.get(layer, set())
+            users.discard(user)
+            if not users:
+                if type(layer) is _Linear:  # whoever gave it another class meanwhile keeps it
+                    layer.__class__ = nn.Linear
+                _users.pop(layer, None)
 
 
 class _Linear(nn.Linear):
+    """A `nn.Linear` that asks its thread which library to use.
+
+    No super() in its methods: another thread may make the layer a `nn.Linear` again while they run.
+    """
+
     def forward(self, input: Tensor) -> Tensor:
         if (
-            type(input) is not Tensor
-            or not _on_cpu_in_fp32(input)
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
+            type(input) is Tensor
+            and _on_cpu_in_fp32(input)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
         ):
-            return super().forward(input)
-        if torch.compiler.is_compiling():  # whatever its size, which would be one more thing to compile for
-            return torch.ops.ses_fast.linear(input, self.weight, self.bias)
-        if input.numel() * self.out_features < LEAST_WORK:
-            return super().forward(input)
-        return _linear(input, self.weight, self.bias)
+            if torch.compiler.is_compiling():  # whatever its size, which would be one more thing to compile for
+                return torch.ops.ses_fast.linear(input, self.weight, self.bias)
+            if _thread.fast and input.numel() * self.out_features >= LEAST_WORK:
+                return _onednn_linear(input, self.weight, self.bias)
+        return nn.functional.linear(input, self.weight, self.bias)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, of, *state = cast(tuple, super().__reduce_ex__(protocol))
+        make, of, *state = cast(tuple, object.__reduce_ex__(self, protocol))
         return make, (nn.Linear, *of[1:]), *state  # a copy made inside: nothing would turn it back later
 
 
@@ -61,7 +102,7 @@ def _suits(layer: nn.Linear) -> bool:
     )
 
 
-def _linear(
+def _onednn_linear(
     input: Tensor,  # [..., K]
     weight: Tensor,  # [N, K]
     bias: Tensor | None,  # [N]
@@ -69,12 +110,23 @@ def _linear(
     return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
 
 
-@functools.cache
+def _compiled_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The operator in a compiled graph, which serves every thread: which library to use is asked when it runs."""
+    return (_onednn_linear if _thread.fast else nn.functional.linear)(input, weight, bias)
+
+
 def _both_libraries() -> bool:
     """Whether torch has MKL and oneDNN. The first call then registers the operator `ses_fast::linear` too."""
+    with _lock:  # registered once, whichever thread comes first
+        return _look_for_both()
+
+
+@functools.cache
+def _look_for_both() -> bool:
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if both:  # torch.compile takes torch's own operator only with weights that it has packed itself
-        torch.library.custom_op("ses_fast::linear", _linear, mutates_args=()).register_fake(nn.functional.linear)
+        operator = torch.library.custom_op("ses_fast::linear", _compiled_linear, mutates_args=())
+        operator.register_fake(nn.functional.linear)
     return both
 
 

@@ -4,8 +4,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a download; read when huggingface_hub is imported
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+from ses_fast._torchvision import declare_torchvision_ops
+
+declare_torchvision_ops()  # before any test file imports diffsynth or transformers
 
 # The models of the tests are tiny: on a machine with many cores, more threads cost more than they give.
 torch.set_num_threads(min(2, torch.get_num_threads()))

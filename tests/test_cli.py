@@ -324,9 +324,6 @@ def test_an_error_in_the_search_is_not_swallowed(toy, tmp_path, monkeypatch):
 
 
 def test_z_image_turbo_is_loaded_from_its_published_files(monkeypatch):
-    from ses_fast._torchvision import mend_torchvision
-
-    mend_torchvision()
     from diffsynth.pipelines.z_image import ZImagePipeline
 
     monkeypatch.setattr(ZImagePipeline, "from_pretrained", staticmethod(lambda model_configs: model_configs))

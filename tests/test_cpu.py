@@ -2,24 +2,24 @@
 
 import copy
 import ctypes
+import itertools
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny import brightness, manage_vram, tiny_z_image
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ses_fast
-from ses_fast import SESConfig, embedded
-from ses_fast._torchvision import mend_torchvision
+from ses_fast import SESConfig, cpu, embedded
 from ses_fast.cpu import LEAST_WORK, fast_linears
-
-mend_torchvision()
-
-from tiny import brightness, manage_vram, tiny_z_image  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
@@ -211,6 +211,115 @@ def test_a_copy_made_meanwhile_is_an_ordinary_layer():
     assert torch.equal(twin(inputs), layer(inputs))
 
 
+@torch.no_grad()
+def test_layers_stay_fast_until_the_last_one_leaves():
+    layer, inputs = nn.Linear(256, 256), torch.randn(64, 256)
+    outer, inner = fast_linears(layer), fast_linears(layer)
+    with outer:
+        with inner:
+            assert counted(lambda: layer(inputs))[1] == 1
+        assert counted(lambda: layer(inputs))[1] == 1
+        with fast_linears(layer, when=False):  # as for a single image inside of a batch
+            assert counted(lambda: layer(inputs))[1] == 0
+    assert type(layer) is nn.Linear
+
+
+def interrupted_at(n, model):
+    """Runs `fast_linears(model)` with a Ctrl-C before line n of those of cpu.py; whether there was such a line."""
+    left = [n]
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != cpu.__file__:
+            return None
+        if event == "line" and frame.f_lineno not in BLOCKS:  # Python looks for signals where it calls
+            left[0] -= 1
+            if left[0] < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with fast_linears(model):
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left[0] < 0
+
+
+with open(cpu.__file__) as source:
+    BLOCKS = {
+        i for i, line in enumerate(source, 1) if line.split("#")[0].strip() in ("try:", "finally:", "with _lock:")
+    }
+
+
+@torch.no_grad()
+def test_the_layers_are_their_own_again_whenever_it_is_interrupted():
+    model, inputs = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)]), torch.randn(64, 256)
+    expected = model(inputs)
+    for n in itertools.count():
+        more = interrupted_at(n, model)
+        assert [type(layer) for layer in model] == [nn.Linear] * 4, n
+        assert not cpu._users and not cpu._thread.fast, n
+        if not more:
+            break
+    assert n > 40  # the lines of entering and leaving, layer by layer
+    assert torch.equal(model(inputs), expected)
+    with fast_linears(model):
+        assert counted(lambda: model(inputs))[1] == 4
+
+
+@torch.no_grad()
+def test_another_thread_computes_as_if_nothing_had_happened():
+    layer, inputs = nn.Linear(256, 256), torch.randn(64, 256)
+    expected = layer(inputs)
+    with ThreadPoolExecutor(1) as other, fast_linears(layer):
+        found, calls = other.submit(torch.no_grad()(lambda: counted(lambda: layer(inputs)))).result()
+        assert calls == 0 and torch.equal(found, expected)
+        assert counted(lambda: layer(inputs))[1] == 1
+
+        def inside():
+            with torch.no_grad(), fast_linears(layer):
+                return counted(lambda: layer(inputs))[1]
+
+        assert other.submit(inside).result() == 1
+        assert counted(lambda: layer(inputs))[1] == 1  # which the other one, leaving, did not end
+    assert type(layer) is nn.Linear
+
+
+def test_threads_that_share_layers_meet_no_half_restored_one(monkeypatch):
+    monkeypatch.setattr("ses_fast.cpu.LEAST_WORK", 0)
+    model, inputs = nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)]), torch.randn(8, 16)
+    start, end = threading.Barrier(3), time.monotonic() + 2
+    with torch.no_grad():
+        plain = model(inputs)
+
+    def go(fast):
+        start.wait()
+        forwards = 0
+        while time.monotonic() < end:
+            with torch.no_grad(), fast_linears(model, when=fast):
+                found = model(inputs)
+                copy.deepcopy(model[0])
+            torch.testing.assert_close(found, plain) if fast else torch.testing.assert_close(
+                found, plain, rtol=0, atol=0
+            )
+            forwards += 1
+        return forwards
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            assert all(threads.map(go, (True, True, False)))  # raises what a thread has raised
+    finally:
+        sys.setswitchinterval(before)
+    assert {type(layer) for layer in model} == {nn.Linear}
+
+
 @pytest.fixture
 def fresh():
     torch._dynamo.reset()
@@ -236,6 +345,20 @@ def test_compiled_layers_take_it_and_compile_once_inside_and_once_outside(fresh)
     ours, stock = graphs  # one of each, however often they take turns
     assert sum("ses_fast.linear" in target for target in ours) == 2
     assert not any("ses_fast" in target for target in stock)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_in_another_thread_is_the_plain_one(fresh, monkeypatch):
+    model, inputs = Block(), torch.randn(4, 96)
+    model.compile(backend=lambda graph, example_inputs: graph.forward)
+    expected = model(inputs)
+    calls, onednn = [], cpu._onednn_linear
+    monkeypatch.setattr("ses_fast.cpu._onednn_linear", lambda *given: calls.append(1) or onednn(*given))
+    with ThreadPoolExecutor(1) as other, fast_linears(model):
+        model(inputs)
+        assert len(calls) == 2
+        assert torch.equal(other.submit(torch.no_grad()(model), inputs).result(), expected)
+    assert len(calls) == 2
 
 
 CALL = {"prompt": "a red fox", "height": 64, "width": 80, "num_inference_steps": 2, "seed": 3}

@@ -16,9 +16,9 @@ from ses_fast.rewards.image_reward import ImageRewardReward
 
 pytest.importorskip("diffsynth")
 
-from diffsynth.metrics import AestheticMetric, ImageRewardMetric  # noqa: E402
-from diffsynth.models.aesthetic import AestheticMLP, AestheticModel  # noqa: E402
-from diffsynth.models.image_reward import ImageRewardModel  # noqa: E402
+from diffsynth.metrics import AestheticMetric, ImageRewardMetric
+from diffsynth.models.aesthetic import AestheticMLP, AestheticModel
+from diffsynth.models.image_reward import ImageRewardModel
 
 TOLERANCE = {"stock": 1e-4}
 PROMPT = "two red squares left of three blue rings"

@@ -1,4 +1,4 @@
-"""What is installed, what an import loads, who imports whom, and the torchvision mend."""
+"""What is installed, what an import loads, who imports whom, and torchvision's operators."""
 
 import ast
 import json
@@ -245,23 +245,23 @@ print(ses_fast.kernels.__file__, ses_fast.reference.__file__, sep="\\n")
     assert done.stdout.split() == list(map(str, files)), done.stderr
 
 
-# What holds before the mend is called, and whether it then declares the schemas.
-MEND = {
+# What holds before the call, and whether it then declares the schemas.
+DECLARED = {
     "imported already": ("sys.modules['torchvision'] = types.ModuleType('torchvision')", False),
     "not installed": ("importlib.util.find_spec = lambda name: None", False),
     "declared by someone else": ("declare()", False),
     "compiled part loads": ("torch.ops.load_library = lambda path: declare()", False),
     "compiled part does not load": ("torch.ops.load_library = fail", True),
-    "mended already": ("torch.ops.load_library = fail; mend_torchvision()", True),
+    "declared already": ("torch.ops.load_library = fail; declare_torchvision_ops()", True),
 }
 
 
-def test_mend_torchvision():
+def test_declare_torchvision_ops():
     # Each case in a process of its own: what is declared stays so. Forked, to import torch once.
     code = f"""
 import importlib.util, os, sys, types, torch
 from ses_fast import _torchvision
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 
 def declare():
     global other
@@ -271,17 +271,17 @@ def declare():
 def fail(path):
     raise OSError("a library is missing")
 
-for case, (before, _) in {MEND}.items():
+for case, (before, _) in {DECLARED}.items():
     if not os.fork():
         exec(before)
-        mend_torchvision()
+        declare_torchvision_ops()
         print(case, _torchvision._library is not None, sep=":", flush=True)
         os._exit(0)
     os.wait()
 """
-    assert run(code).splitlines() == [f"{case}:{declares}" for case, (_, declares) in MEND.items()]
+    assert run(code).splitlines() == [f"{case}:{declares}" for case, (_, declares) in DECLARED.items()]
 
 
-def test_the_mend_makes_torchvision_importable_here():
-    code = "from ses_fast._torchvision import mend_torchvision; mend_torchvision(); import torchvision, torch"
-    assert run(code + "; print(torch.ops.torchvision.nms)").strip() == "torchvision.nms"
+def test_it_makes_torchvision_importable_here():
+    code = "from ses_fast._torchvision import declare_torchvision_ops; declare_torchvision_ops(); import torchvision"
+    assert run(code + ", torch; print(torch.ops.torchvision.nms)").strip() == "torchvision.nms"

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ses_fast
-from ses_fast._torchvision import mend_torchvision
 
 TOLERANCE = {"db1": 5e-6, "db2": 3e-5, "bior1.3": 3e-5, "sym4": 3e-5}  # fp32, absolute
 PARAMETERS = 7  # shared with the reference
@@ -16,7 +15,6 @@ pytest.importorskip("pywt", reason="the reference needs PyWavelets")
 
 @pytest.fixture(scope="module")
 def ses_search():
-    mend_torchvision()
     return pytest.importorskip("diffsynth.utils.ses", reason="the reference is diffsynth's").ses_search
 
 

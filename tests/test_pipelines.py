@@ -12,12 +12,12 @@ from torch import nn
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.evolution import EvolutionConfig
 from ses_fast.loop import evolve
 from ses_fast.pipelines.diffsynth.unit import SESUnit
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.diffusion.flow_match import FlowMatchScheduler  # noqa: E402
 from diffsynth.pipelines.z_image import ZImagePipeline, model_fn_z_image  # noqa: E402

@@ -11,10 +11,10 @@ from PIL import Image
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.pipelines.compiling import MOST_GRAPHS
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from tiny import MAKE, brightness, manage_vram, tiny_z_image  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402

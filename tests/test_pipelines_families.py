@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import ses_fast
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.pipelines.batching import first_size
 from ses_fast.pipelines.diffsynth.unit import SESUnit
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.utils.ses import ses_search  # noqa: E402
 from tiny import (  # noqa: E402

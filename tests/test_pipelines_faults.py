@@ -10,10 +10,10 @@ import torch
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.rewards.weighted import WeightedReward
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.pipelines.z_image import ZImagePipeline  # noqa: E402
 from tiny import BASE as ANY_BASE  # noqa: E402

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ses_fast
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.core import AutoWrappedLinear, enable_vram_management  # noqa: E402
 from diffsynth.core.quant import backends as quant_backends  # noqa: E402

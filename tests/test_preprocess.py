@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ses_fast import ops
-from ses_fast._torchvision import mend_torchvision
 from ses_fast.reference import CLIP_MEAN, CLIP_STD
 
 TOLERANCE = {"grid": 0, "normalised": 1e-6}
@@ -48,7 +47,6 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 @lru_cache
 def clip_processor(size: int):
-    mend_torchvision()
     from tiny_clip import PILImageProcessor
 
     return PILImageProcessor(size={"shortest_edge": size}, crop_size=size)

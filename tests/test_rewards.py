@@ -438,7 +438,7 @@ def test_importing_the_rewards_loads_no_transformers():
 
 
 def test_a_missing_transformers_names_the_extra(monkeypatch):
-    monkeypatch.setattr("ses_fast.rewards.base.find_spec", lambda name: None)
+    monkeypatch.setattr("ses_fast.rewards.checkpoint.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"transformers.*ses-fast\[rewards\]"):
         ses_fast.load_reward("clip", device="cpu")
 

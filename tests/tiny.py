@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ses_fast import SESConfig
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 from diffsynth.core import AutoWrappedLinear, enable_vram_management  # noqa: E402
 from diffsynth.models.flux2_dit import Flux2DiT  # noqa: E402

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ses_fast._torchvision import mend_torchvision
+from ses_fast._torchvision import declare_torchvision_ops
 
-mend_torchvision()
+declare_torchvision_ops()
 
 import transformers  # noqa: E402
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torchvision import mend_torchvision
+from .._torchvision import declare_torchvision_ops
 from ..errors import missing_extra
 from . import world
 
@@ -139,7 +139,7 @@ def build_tokenizer():
 
 def build_dit() -> nn.Module:
     """DiffSynth's `ZImageDiT` with 3.3 M parameters, every one of them initialised."""
-    mend_torchvision()
+    declare_torchvision_ops()
     try:
         from diffsynth.models.z_image_dit import ZImageDiT
     except ModuleNotFoundError as error:
@@ -170,7 +170,7 @@ def build_dit() -> nn.Module:
 
 def build_clip() -> nn.Module:
     """A transformers `CLIPModel` with 1.2 M parameters for 64x64 images."""
-    mend_torchvision()
+    declare_torchvision_ops()
     try:
         from transformers import CLIPConfig, CLIPModel
     except ModuleNotFoundError as error:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._torchvision import mend_torchvision
+from .._torchvision import declare_torchvision_ops
 from ..errors import missing_extra
 
-mend_torchvision()
+declare_torchvision_ops()
 try:
     from diffsynth.pipelines.z_image import ZImagePipeline
     from safetensors.torch import load_file

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .. import ops
-from .base import Reward, local_copy, reading, require
+from .base import Reward
+from .checkpoint import Checkpoint, require
 from .clip import PROCESSOR_FILES, WEIGHT_FILES, read_preprocessing
 
 VIT_L_14: dict[str, Any] = {
@@ -44,15 +45,9 @@ class AestheticReward(Reward):
         self.preprocessing = {"size": model.config.image_size} | preprocessing
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        weights: str | os.PathLike,
-        ids: dict[str, str],
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        folder = local_copy(name, weights, WEIGHT_FILES + PROCESSOR_FILES, ["model.safetensors"])
-        with reading(name, folder / "model.safetensors", ids):
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Self:
+        folder = checkpoint.folder(WEIGHT_FILES + PROCESSOR_FILES, ["model.safetensors"])
+        with checkpoint.reading(folder / "model.safetensors"):
             return cls.from_folder(folder, device="cpu", dtype=dtype)
 
     @classmethod

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .. import ops
-from .base import Reward, local_copy, reading, require
+from .base import Reward, dropped_by
+from .checkpoint import Checkpoint, require
 
 # For weights without a config: PickScore and LAION's CLIP are ViT-H-14 with gelu, not OpenAI's quick_gelu.
 VIT_H_14: dict[str, Any] = {
@@ -60,20 +61,15 @@ class CLIPReward(Reward):
         self.preprocessing = {"size": model.config.vision_config.image_size} | preprocessing
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        weights: str | os.PathLike,
-        ids: dict[str, str],
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        folder = local_copy(
-            name, weights, WEIGHT_FILES + PROCESSOR_FILES, ("model.safetensors", "model.safetensors.index.json")
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Self:
+        folder = checkpoint.folder(
+            WEIGHT_FILES + PROCESSOR_FILES, ("model.safetensors", "model.safetensors.index.json")
         )
         # The published weights take their authors' processor; so do others that come without a tokenizer.
-        own = weights != ids["weights"] and any((folder / file).is_file() for file in TOKENIZERS)
-        processor = folder if own else local_copy(name, ids["processor"], PROCESSOR_FILES, TOKENIZERS)
-        with reading(name, folder / "model.safetensors", ids):
+        published = checkpoint.weights == checkpoint.ids["weights"]
+        own = not published and any((folder / file).is_file() for file in TOKENIZERS)
+        processor = folder if own else checkpoint.folder(PROCESSOR_FILES, TOKENIZERS, checkpoint.ids["processor"])
+        with checkpoint.reading(folder / "model.safetensors"):
             return cls.from_folder(folder, processor, device="cpu", dtype=dtype)
 
     @classmethod
@@ -111,16 +107,18 @@ class CLIPReward(Reward):
         return cls(model, tokenizer, device=device, dtype=dtype, **read_preprocessing(processor))
 
     def encode(self, prompt: str) -> Tensor:  # [1, E] fp32
-        tokens = self.tokenizer(
-            prompt,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
+        tokens = self.tokenizer(prompt, truncation=True, max_length=self._limit, return_tensors="pt")
         text = self.model.get_text_features(
             input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
         )
         return text.pooler_output.float()
+
+    def dropped(self, prompt: str) -> tuple[int, int, str]:
+        return dropped_by(self.tokenizer, prompt, self._limit)
+
+    @property
+    def _limit(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
 
     def score(
         self,

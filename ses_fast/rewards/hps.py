@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .. import ops
-from .base import Reward, local_copy, reading, require
+from .base import Reward
+from .checkpoint import Checkpoint, require
 
 
 class HPSReward(Reward):
@@ -31,19 +32,13 @@ class HPSReward(Reward):
         self.size = model.visual.image_size[0]
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        weights: str | os.PathLike,
-        ids: dict[str, str],
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        file = Path(weights).expanduser()
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Self:
+        file = Path(checkpoint.weights)
         if not file.is_file():
-            names = (ids["file"], "model.safetensors")
-            folder = local_copy(name, weights, names, names)
+            names = (checkpoint.ids["file"], "model.safetensors")
+            folder = checkpoint.folder(names, names)
             file = next(folder / each for each in names if (folder / each).is_file())
-        with reading(name, file, ids):
+        with checkpoint.reading(file):
             return cls.from_file(file, device="cpu", dtype=dtype)
 
     @classmethod
@@ -67,6 +62,10 @@ class HPSReward(Reward):
 
     def encode(self, prompt: str) -> Tensor:  # [1, E] fp32
         return self.model.encode_text(self.tokenizer([prompt]).to(self.device)).float()
+
+    def dropped(self, prompt: str) -> tuple[int, int, str]:
+        tokens, limit = self.tokenizer.encode(prompt), self.tokenizer.context_length
+        return len(tokens) + 2, limit, self.tokenizer.decode(tokens[limit - 2 :]).strip()  # 2: the start and the end
 
     def score(
         self,

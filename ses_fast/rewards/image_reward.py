@@ -5,14 +5,14 @@ from there ("cannot import name 'apply_chunking_to_forward' from 'transformers.m
 """
 
 import copy
-import os
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Reward, local_copy, reading, require
+from .base import Reward, dropped_by
+from .checkpoint import Checkpoint, require
 
 
 class ImageRewardReward(Reward):
@@ -31,19 +31,13 @@ class ImageRewardReward(Reward):
         self.model.mlp = head.to(self.device).requires_grad_(False).eval()
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        weights: str | os.PathLike,
-        ids: dict[str, str],
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        folder = local_copy(name, weights, ["*.json", "*.txt", "model.safetensors"], ["model.safetensors"])
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Self:
+        folder = checkpoint.folder(["*.json", "*.txt", "model.safetensors"], ["model.safetensors"])
         require("diffsynth", "transformers")
         from diffsynth.core import ModelConfig
         from diffsynth.metrics import ImageRewardMetric
 
-        with reading(name, folder / "model.safetensors", ids):
+        with checkpoint.reading(folder / "model.safetensors"):
             metric = ImageRewardMetric.from_pretrained(
                 ModelConfig(path=str(folder / "model.safetensors")),
                 ModelConfig(path=str(folder)),
@@ -61,6 +55,9 @@ class ImageRewardReward(Reward):
             return_tensors="pt",
         ).to(self.device)
 
+    def dropped(self, prompt: str) -> tuple[int, int, str]:
+        return dropped_by(self.model.tokenizer, prompt, self.model.max_length)
+
     def score(
         self,
         images: Tensor,  # [n, 3, H, W]
@@ -68,7 +65,7 @@ class ImageRewardReward(Reward):
     ) -> Tensor:  # [n] fp32
         blip, n = self.model.blip, len(images)
         size = blip.config.vision_config.image_size
-        # its authors crop with torchvision
+        # Its authors crop with torchvision.
         pixels = ops.resize_normalize(images, "crop", size=size, dtype=self.dtype, centre="round").to(self.device)
         patches = blip.vision_model(pixel_values=pixels).last_hidden_state  # [n, patches, d]
         text = blip.text_encoder(

@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import Any
 
-from ..._torchvision import mend_torchvision
+from ..._torchvision import declare_torchvision_ops
 
-mend_torchvision()  # before any of DiffSynth's modules is imported, here or in a family's file
+declare_torchvision_ops()  # before any of DiffSynth's modules is imported, here or in a family's file
 
 # DiffSynth's class -> module:class of what is the family's own, imported when such a pipeline is enabled.
 FAMILIES = {
