@@ -413,12 +413,13 @@ def test_compiled_equals_the_stock_pipe_compiled_and_plain_to_rounding(family):
     assert pipe.ses_result.seconds["compile"] > 0
 
 
-def test_previews_for_held_out_rewards_are_made_as_the_final_image_is():
+def test_held_out_rewards_compile_nothing_more():
     pipe = traced("Z-Image")
     _, before = previews(pipe, 7)
     count = graphs()
     _, together = previews(pipe, 7, report_rewards={"again": brightness})
     assert together == before and graphs() == count
     again = pipe.ses_result.held_out["again"]
-    assert again.base == pytest.approx(pipe.ses_result.trace[0].score, abs=TOLERANCE)
-    assert again.answer == pytest.approx(pipe.ses_result.score, abs=TOLERANCE)
+    grey_level = 1 / 127.5  # they judge the pictures, the search's reward judged the decoder's output
+    assert again.base == pytest.approx(pipe.ses_result.trace[0].score, abs=grey_level)
+    assert again.answer == pytest.approx(pipe.ses_result.score, abs=grey_level)

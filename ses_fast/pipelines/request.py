@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..evolution import check_noise, whole_number
-from ..rewards.weighted import WeightedReward
+from ..rewards import known_name
+from ..rewards.base import Reward
+from ..rewards.pil import PILReward
+from ..rewards.weighted import WeightedReward, check_weights
 from .config import SESConfig
 
 RewardFunction = Callable[[Tensor, str], Any]
@@ -70,6 +73,8 @@ def make_request(
     budget = whole_number("ses_eval_budget", budget, 0)
     steps = whole_number("ses_inference_steps", steps, 1)
     seed, search_seed = _seeds(seed, config)
+    if isinstance(reward, Mapping):
+        check_weights(reward)
     searches = config.latents is None and budget > 0
     request = Request(
         config=config,
@@ -99,10 +104,12 @@ def name_of(reward: Any) -> Any:
     """What a reward is called in a state: its name, names and weights, or the function's or class's own."""
     if isinstance(reward, WeightedReward):
         return {name: reward.weights[name] for name in sorted(reward.weights)}
-    if isinstance(reward, str):
-        return reward
     if isinstance(reward, Mapping):
-        return {str(name): weight for name, weight in sorted(reward.items())}
+        return {str(name): float(weight) for name, weight in sorted(reward.items())}
+    if isinstance(reward, str):
+        return known_name(reward)
+    if isinstance(reward, Reward | PILReward):
+        return reward.name
     named = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{named.__module__}.{named.__qualname__}"
 
