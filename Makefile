@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
 RUN := .venv/bin
+PIP := $(RUN)/python -m pip install --quiet --no-input
 
 .PHONY: demo test test-slow lint bench bench-compare bench-embedded readme-tables
 
@@ -44,7 +45,8 @@ bench-embedded: $(READY)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(RUN)/python -m pip install --quiet --no-input --editable ".[dev]" --constraint constraints.txt $(PIP_ARGS)
+# pip's warnings, of indexes that lack a package, go to a file that is shown where the installation fails.
+	$(PIP) --editable ".[dev]" --constraint constraints.txt $(PIP_ARGS) 2> .venv/pip.log || { cat .venv/pip.log >&2; exit 1; }
 # The tests' oracle of HPSv2. It pins an old pytest and protobuf: it comes alone, what its scorer imports is in "dev".
-	$(RUN)/python -m pip install --quiet --no-input --no-deps hpsv2 --constraint constraints.txt $(PIP_ARGS)
+	$(PIP) --no-deps hpsv2 --constraint constraints.txt $(PIP_ARGS) 2> .venv/pip.log || { cat .venv/pip.log >&2; exit 1; }
 	touch $@
