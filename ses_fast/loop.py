@@ -200,7 +200,7 @@ def evolve(
     try:
         while evaluations < budget:
             if candidates is None or low is None:
-                candidates, low = ask(state, backend=backend)
+                candidates, low = ask(state, state.index + budget - evaluations, backend=backend)
                 lap("ask")
             index = evaluations % popsize
             n = min(batch_size, popsize - index, budget - evaluations)
