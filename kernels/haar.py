@@ -26,9 +26,10 @@ LEVELS = 6  # in one launch: a block of 64 x 64 is as much as a program can hold
 @triton.jit
 def tile_of_program(height, width, Y: tl.constexpr, X: tl.constexpr):
     """Which image, and which of its tiles of Y x X pixels, this program has: (i_n int64, i_y, i_x)."""
-    tiles_y, tiles_x = tl.cdiv(height, Y), tl.cdiv(width, X)
+    tiles_x, tiles_y = tl.cdiv(width, X), tl.cdiv(height, Y)
     i = tl.program_id(0)
-    return (i // (tiles_x * tiles_y)).to(tl.int64), i // tiles_x % tiles_y, i % tiles_x
+    i_x, i_y, i_n = i % tiles_x, i // tiles_x % tiles_y, (i // (tiles_x * tiles_y)).to(tl.int64)
+    return i_n, i_y, i_x
 
 
 @triton.jit
