@@ -5,13 +5,12 @@ place is the number of scores that are better, or as good and earlier. That is a
 Bytes: the elites once and of the generation the new ones, the elites, mean and variance written (4 each).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ses_fast import reference
-from ses_fast.reference import Elites, check_elites
+from ses_fast.operators import operator
+from ses_fast.reference import Elites, documented
 
 POOL = 128  # scores at most: each is compared with each in registers
 TILE = 1024  # numbers of the elites that a program holds: 8 a thread
@@ -19,7 +18,7 @@ TILE = 1024  # numbers of the elites that a program holds: 8 a thread
 
 @triton.jit
 def score_of(i, scores, elite_scores, before, popsize):
-    """Score i in fp64, the elites' first; minus infinity for one that is not finite or not there."""
+    """Score i in fp64, the elites' first; -inf for one that is not finite or past the end."""
     is_new = (i >= before) & (i < before + popsize)
     b_new = tl.load(scores + (i - before), is_new, other=0).to(tl.float64)
     b_new = tl.where(is_new & (tl.abs(b_new) < float("inf")), b_new, float("-inf"))
@@ -34,11 +33,11 @@ def update_elites_kernel(
     elite_scores,  # [before] fp64
     mean,  # [D]
     variance,  # [D]
-    new_low,  # [kept, D], and so on: what comes of them
+    new_low,  # [kept, D], and so on: the outputs
     new_scores,
     new_mean,
     new_variance,
-    told,  # [P] fp64, minus infinity for a score that is not finite
+    finite,  # [P] fp64, the scores, -inf for one that is not finite
     before,  # elites so far
     popsize,
     kept,  # elites now
@@ -57,7 +56,7 @@ def update_elites_kernel(
     best = tl.sum(tl.where(is_kth, i_n[None, :], 0), 1)  # [K]
     best_scores = score_of(best, scores, elite_scores, before, popsize)
     m_k = i_k < kept
-    weighs = m_k & (best_scores > float("-inf"))
+    m_used = m_k & (best_scores > float("-inf"))
 
     d = tl.program_id(0) * D + tl.arange(0, D)
     m_d = d < size
@@ -65,10 +64,10 @@ def update_elites_kernel(
     p_best = tl.where(best < before, elite_low + best.to(tl.int64) * size, low + (best - before).to(tl.int64) * size)
     b_low = tl.load(p_best[:, None] + d[None, :], m, other=0.0)  # [K, D]
 
-    count = tl.sum(weighs.to(tl.float32), 0)
-    b_weight = weighs[:, None]
-    b_mean = tl.sum(tl.where(b_weight, b_low, 0.0), 0) / tl.maximum(count, 1.0)  # [D]
-    b_rest = tl.where(b_weight, b_low - b_mean[None, :], 0.0)
+    count = tl.sum(m_used.to(tl.float32), 0)
+    b_used = m_used[:, None]
+    b_mean = tl.sum(tl.where(b_used, b_low, 0.0), 0) / tl.maximum(count, 1.0)  # [D]
+    b_rest = tl.where(b_used, b_low - b_mean[None, :], 0.0)
     b_variance = tl.sum(b_rest * b_rest, 0) / tl.maximum(count - 1.0, 1.0) + 1e-7
     b_mean = tl.where(count > 0.0, b_mean, tl.load(mean + d, m_d, other=0.0))
     b_variance = tl.where(count > 1.0, b_variance, tl.load(variance + d, m_d, other=0.0))
@@ -78,7 +77,7 @@ def update_elites_kernel(
     tl.store(new_variance + d, b_variance, m_d)
     if tl.program_id(0) == 0:
         tl.store(new_scores + i_k, best_scores, m_k)
-        tl.store(told + (i_n - before), b_scores, (i_n >= before) & (i_n < before + popsize))
+        tl.store(finite + (i_n - before), b_scores, (i_n >= before) & (i_n < before + popsize))
 
 
 def unfit(popsize: int, k_elites: int) -> str | None:
@@ -88,6 +87,7 @@ def unfit(popsize: int, k_elites: int) -> str | None:
     return None
 
 
+@documented
 def update_elites(
     low: Tensor,  # [P, D] fp32
     scores: Tensor,  # [P], any real dtype
@@ -98,39 +98,32 @@ def update_elites(
     *,
     k_elites: int,
 ) -> Elites:
-    check_elites(low, scores, elite_low, elite_scores, mean, variance, k_elites)
     if reason := unfit(len(scores), k_elites):
         raise ValueError(reason)
-    call = _op if torch.compiler.is_compiling() else _update
-    return Elites(*call(low, scores, elite_low, elite_scores, mean, variance, k_elites))
-
-
-def _outputs(
-    low: Tensor,  # [P, D]
-    scores: Tensor,  # [P]
-    elite_low: Tensor,  # [K, D]
-    elite_scores: Tensor,  # [K]
-    mean: Tensor,  # [D]
-    variance: Tensor,  # [D]
-    k_elites: int,
-) -> list[Tensor]:  # as `Elites`
     kept = min(k_elites, len(elite_scores) + len(scores))
-    shapes = [(kept, mean.numel()), mean.shape, mean.shape]
-    new_low, new_mean, new_variance = (mean.new_empty(shape) for shape in shapes)
-    return [new_low, elite_scores.new_empty(kept), new_mean, new_variance, elite_scores.new_empty(scores.shape)]
+    out = Elites(
+        mean.new_empty(kept, mean.numel()),
+        elite_scores.new_empty(kept),
+        mean.new_empty(mean.shape),
+        mean.new_empty(mean.shape),
+        elite_scores.new_empty(scores.shape),
+    )
+    fill_elites(low, scores, elite_low, elite_scores, mean, variance, list(out), k_elites)
+    return out
 
 
-def _update(
+@operator("out")
+def fill_elites(
     low: Tensor,  # [P, D]
     scores: Tensor,  # [P]
-    elite_low: Tensor,  # [K, D]
-    elite_scores: Tensor,  # [K]
+    elite_low: Tensor,  # [before, D]
+    elite_scores: Tensor,  # [before]
     mean: Tensor,  # [D]
     variance: Tensor,  # [D]
+    out: list[Tensor],  # as `Elites`
     k_elites: int,
-) -> list[Tensor]:  # as `Elites`
+) -> None:
     before, popsize, size = len(elite_scores), len(scores), mean.numel()
-    out = _outputs(low, scores, elite_low, elite_scores, mean, variance, k_elites)
     N = triton.next_power_of_2(popsize + k_elites)  # also in the first generation, which has no elites yet
     K = triton.next_power_of_2(k_elites)
     D = min(TILE // K, max(16, triton.next_power_of_2(size)))
@@ -147,11 +140,3 @@ def _update(
         D=D,
         num_warps=4 if N <= 32 else 8,
     )
-    return out
-
-
-# An operator to torch.compile, so that it neither breaks the graph nor looks inside.
-_op = torch.library.custom_op("ses_fast::update_elites", _update, mutates_args=())
-_op.register_fake(_outputs)
-
-update_elites.__doc__ = reference.update_elites.__doc__

@@ -15,11 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ses_fast import reference
-from ses_fast.reference import band_size, check_bands, check_latents, check_level, check_low_band
+from ses_fast.operators import operator
+from ses_fast.reference import band_size, documented
 
-from . import population
+from .population import fill_population
 
 LEVELS = 6  # in one launch: a block of 64 x 64 is as much as a program can hold; more levels take more launches
+
+
+@triton.jit
+def tile_of_program(height, width, Y: tl.constexpr, X: tl.constexpr):
+    """Which image, and which of its tiles of Y x X pixels, this program has: (i_n int64, i_y, i_x)."""
+    tiles_x, tiles_y = tl.cdiv(width, X), tl.cdiv(height, Y)
+    i = tl.program_id(0)
+    i_x, i_y, i_n = i % tiles_x, i // tiles_x % tiles_y, (i // (tiles_x * tiles_y)).to(tl.int64)
+    return i_n, i_y, i_x
 
 
 @triton.jit
@@ -67,10 +77,7 @@ def haar_dwt2_kernel(
     Y: tl.constexpr,  # a tile: Y x X pixels
     X: tl.constexpr,
 ):
-    tiles_x, tiles_y = tl.cdiv(width, X), tl.cdiv(height, Y)
-    i = tl.program_id(0)
-    i_x, i_y, i_n = i % tiles_x, i // tiles_x % tiles_y, (i // (tiles_x * tiles_y)).to(tl.int64)
-
+    i_n, i_y, i_x = tile_of_program(height, width, Y, X)
     h, w = ((height - 1) >> LEVEL) + 1, ((width - 1) >> LEVEL) + 1
     r_top = i_y * Y + 2 * tl.arange(0, Y // 2)  # [Y / 2]
     r_bottom = r_top + 1
@@ -119,10 +126,7 @@ def haar_idwt2_kernel(
     Y: tl.constexpr,  # a tile: Y x X pixels
     X: tl.constexpr,
 ):
-    tiles_x, tiles_y = tl.cdiv(width, X), tl.cdiv(height, Y)
-    i = tl.program_id(0)
-    i_x, i_y, i_n = i % tiles_x, i // tiles_x % tiles_y, (i // (tiles_x * tiles_y)).to(tl.int64)
-
+    i_n, i_y, i_x = tile_of_program(height, width, Y, X)
     r_h = i_y * (Y >> LEVEL) + tl.arange(0, Y >> LEVEL)
     r_w = i_x * (X >> LEVEL) + tl.arange(0, X >> LEVEL)
     b_low = load_band(low, i_n, r_h, r_w, ((height - 1) >> LEVEL) + 1, ((width - 1) >> LEVEL) + 1)
@@ -163,10 +167,7 @@ def split_low_band_kernel(
     X: tl.constexpr,
 ):
     BLOCK: tl.constexpr = 1 << LEVEL
-    tiles_x, tiles_y = tl.cdiv(width, X), tl.cdiv(height, Y)
-    i = tl.program_id(0)
-    i_x, i_y, i_n = i % tiles_x, i // tiles_x % tiles_y, (i // (tiles_x * tiles_y)).to(tl.int64)
-
+    i_n, i_y, i_x = tile_of_program(height, width, Y, X)
     h, w = ((height - 1) >> LEVEL) + 1, ((width - 1) >> LEVEL) + 1
     i_h = i_y * (Y >> LEVEL) + tl.arange(0, Y >> LEVEL)
     i_w = i_x * (X >> LEVEL) + tl.arange(0, X >> LEVEL)
@@ -192,46 +193,40 @@ def _tile(count: int, height: int, width: int, level: int) -> tuple[tuple[int], 
     return grid, {"LEVEL": level, "Y": Y, "X": X, "num_warps": warps}
 
 
-# ---------------------------------------------------------------- haar_dwt2
+# ---------------------------------------------------------------- all bands
 
 
+@documented
 def haar_dwt2(
     x: Tensor,  # [..., H, W]
     level: int,
 ) -> list:
-    check_latents(x, level)
     if level == 0:
         return reference.haar_dwt2(x, 0)
-    return _chained_dwt2(x, level)
-
-
-def _chained_dwt2(
-    x: Tensor,  # [..., H, W]
-    level: int,
-) -> list:
-    """haar_dwt2 after its checks and its warning."""
     if level > LEVELS:
-        fine = _chained_dwt2(x, LEVELS)
-        return [*_chained_dwt2(fine[0], level - LEVELS), *fine[1:]]
-    low, *details = (_dwt2_op if torch.compiler.is_compiling() else _dwt2)(x, level)
+        fine = haar_dwt2(x, LEVELS)
+        return [*haar_dwt2(fine[0], level - LEVELS), *fine[1:]]
+    low, *details = bands = _empty_bands(x, level)
+    fill_haar_dwt2(x, bands, level)
     triples = [tuple(details[j : j + 3]) for j in range(0, 3 * level, 3)]  # finest first
     return [low, *reversed(triples)]
 
 
-def _bands(
+def _empty_bands(
     x: Tensor,  # [..., H, W]
     level: int,
 ) -> list[Tensor]:
-    """Empty bands: cA, and cH, cV, cD of level 1, of level 2, ..."""
+    """cA, and cH, cV, cD of level 1, of level 2, ..."""
     levels = [level, *(j for j in range(1, level + 1) for _ in range(3))]
     return [x.new_empty((*x.shape[:-2], *band_size(x.shape[-2:], j)), dtype=torch.float32) for j in levels]
 
 
-def _dwt2(
+@operator("bands")
+def fill_haar_dwt2(
     x: Tensor,  # [..., H, W]
+    bands: list[Tensor],  # as of `_empty_bands`
     level: int,
-) -> list[Tensor]:
-    bands = _bands(x, level)
+) -> None:
     height, width = x.shape[-2:]
     planes = x.detach().reshape(-1, height, width)
     grid, tile = _tile(len(planes), height, width, level)
@@ -246,87 +241,67 @@ def _dwt2(
         EDGE_X=width % (1 << level) != 0,
         **tile,
     )
-    return bands
 
 
-# Operators to torch.compile, so that it neither breaks the graph nor looks inside.
-_dwt2_op = torch.library.custom_op("ses_fast::haar_dwt2", _dwt2, mutates_args=())
-_dwt2_op.register_fake(_bands)
-
-
-# ---------------------------------------------------------------- haar_idwt2
-
-
+@documented
 def haar_idwt2(
     coeffs: Sequence,  # [cA, (cH, cV, cD), ...] as of `haar_dwt2`
     size: Sequence[int],  # (H, W)
 ) -> Tensor:
-    check_bands(coeffs, size)
     low, *details = coeffs
     if not details:
         return reference.haar_idwt2(coeffs, size)
     if len(details) > LEVELS:
         low, details = haar_idwt2(coeffs[:-LEVELS], details[-LEVELS][0].shape[-2:]), details[-LEVELS:]
-    bands = [low, *itertools.chain.from_iterable(reversed(details))]
-    return (_idwt2_op if torch.compiler.is_compiling() else _idwt2)(bands, *size)
-
-
-def _image(bands: list[Tensor], height: int, width: int) -> Tensor:
-    return bands[0].new_empty((*bands[0].shape[:-2], height, width), dtype=torch.float32)
-
-
-def _idwt2(bands: list[Tensor], height: int, width: int) -> Tensor:
-    out = _image(bands, height, width)
-    low, *details = (band.detach().contiguous() for band in bands)
-    grid, tile = _tile(math.prod(out.shape[:-2]), height, width, len(details) // 3)
-    haar_idwt2_kernel[grid](low, tuple(details), out, height, width, **tile)
+    out = low.new_empty((*low.shape[:-2], *size), dtype=torch.float32)
+    fill_haar_idwt2([low, *itertools.chain.from_iterable(reversed(details))], out)
     return out
 
 
-_idwt2_op = torch.library.custom_op("ses_fast::haar_idwt2", _idwt2, mutates_args=())
-_idwt2_op.register_fake(_image)
+@operator("out")
+def fill_haar_idwt2(
+    bands: list[Tensor],  # as of `_empty_bands`
+    out: Tensor,  # [..., H, W]
+) -> None:
+    height, width = out.shape[-2:]
+    low, *details = (band.detach().contiguous() for band in bands)
+    grid, tile = _tile(math.prod(out.shape[:-2]), height, width, len(details) // 3)
+    haar_idwt2_kernel[grid](low, tuple(details), out, height, width, **tile)
 
 
 # ---------------------------------------------------------------- the lowest band alone
 
 
+@documented
 def split_low_band(
     x: Tensor,  # [..., H, W]
     level: int,
 ) -> tuple[Tensor, Tensor]:
-    check_latents(x, level)
     if level == 0:
         return reference.split_low_band(x, 0)
-    if level <= LEVELS:
-        return (_split_op if torch.compiler.is_compiling() else _split)(x, level)
-    low = _chained_dwt2(x, level)[0]
-    return low, merge_low_band(x, -low, level, dtype=torch.float32)
-
-
-def _parts(
-    x: Tensor,  # [..., H, W]
-    level: int,
-) -> tuple[Tensor, Tensor]:  # low [..., h, w], residual [..., H, W]
+    if level > LEVELS:
+        low = haar_dwt2(x, level)[0]
+        return low, merge_low_band(x, -low, level, dtype=torch.float32)
     low = x.new_empty((*x.shape[:-2], *band_size(x.shape[-2:], level)), dtype=torch.float32)
-    return low, x.new_empty(x.shape, dtype=torch.float32)
+    residual = x.new_empty(x.shape, dtype=torch.float32)
+    fill_split_low_band(x, low, residual, level)
+    return low, residual
 
 
-def _split(
+@operator("low", "residual")
+def fill_split_low_band(
     x: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]
+    residual: Tensor,  # [..., H, W]
     level: int,
-) -> tuple[Tensor, Tensor]:
-    low, residual = _parts(x, level)
+) -> None:
     height, width = x.shape[-2:]
     planes = x.detach().reshape(-1, height, width)
     grid, tile = _tile(len(planes), height, width, level)
     split_low_band_kernel[grid](planes, low, residual, *planes.stride(), height, width, **tile)
-    return low, residual
 
 
-_split_op = torch.library.custom_op("ses_fast::split_low_band", _split, mutates_args=())
-_split_op.register_fake(_parts)
-
-
+@documented
 def merge_low_band(
     residual: Tensor,  # [..., H, W]
     low: Tensor,  # [..., h, w]; leading dimensions broadcast with the residual's
@@ -334,41 +309,29 @@ def merge_low_band(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check_level(level)
-    check_low_band(residual, low, band_size(residual.shape[-2:], level))
-    return (_merge_op if torch.compiler.is_compiling() else _merge)(residual, low, level, dtype or residual.dtype)
-
-
-def _merged(
-    residual: Tensor,  # [..., H, W]
-    low: Tensor,  # [..., h, w]
-    level: int,
-    dtype: torch.dtype,
-) -> Tensor:  # [..., H, W]
     lead = torch.broadcast_shapes(residual.shape[:-2], low.shape[:-2])
-    return residual.new_empty((*lead, *residual.shape[-2:]), dtype=dtype)
-
-
-def _merge(
-    residual: Tensor,  # [..., H, W]
-    low: Tensor,  # [..., h, w]
-    level: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """A population whose low bands are given: the dimensions that the residual lacks number the candidates."""
-    out = _merged(residual, low, level, dtype)
-    own = tuple(itertools.dropwhile(lambda n: n == 1, residual.shape[:-2]))
-    if own != out.shape[out.dim() - 2 - len(own) : -2]:
-        residual, own = residual.expand(out.shape), out.shape[:-2]
-    popsize = math.prod(out.shape[:-2]) // math.prod(own)
-    low = low.detach().expand(*out.shape[:-2], *low.shape[-2:]).reshape(popsize, -1)
-    planes = residual.detach().contiguous().view(-1, *residual.shape[-2:])
-    population.launch(planes, out.view(popsize, *planes.shape), level, draws=low)
+    out = residual.new_empty((*lead, *residual.shape[-2:]), dtype=dtype or residual.dtype)
+    # A population whose low bands are given. Where the residual lacks the first dimensions, or has one of each, they
+    # number the candidates, and the rest are a candidate's planes. A residual that repeats elsewhere is written out.
+    own = (1,) * (len(lead) - residual.dim() + 2) + tuple(residual.shape[:-2])
+    split = 0
+    while split < len(own) and own[split] == 1:
+        split += 1
+    if own[split:] != tuple(lead[split:]):
+        residual, split = residual.expand(out.shape), 0
+    popsize, planes = math.prod(lead[:split]), math.prod(lead[split:])
+    fill_population(
+        residual.detach().contiguous().view(planes, *residual.shape[-2:]),
+        out.view(popsize, planes, *residual.shape[-2:]),
+        level,
+        None,
+        None,
+        low.detach().expand(*lead, *low.shape[-2:]).reshape(popsize, -1),
+        None,
+        0,
+        0,
+        None,
+        None,
+        0,
+    )
     return out
-
-
-_merge_op = torch.library.custom_op("ses_fast::merge_low_band", _merge, mutates_args=())
-_merge_op.register_fake(_merged)
-
-for _op in (haar_dwt2, haar_idwt2, split_low_band, merge_low_band):
-    _op.__doc__ = getattr(reference, _op.__name__).__doc__

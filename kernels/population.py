@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ses_fast import reference
-from ses_fast.reference import Seed, check_population
+from ses_fast.operators import operator
+from ses_fast.reference import Seed, documented
 
 from .philox import normal, number
 
@@ -89,25 +89,27 @@ def population_kernel(
         if mean is not None:
             b_low = b_mean + b_std * b_low
         if low is not None:
-            if is_first:  # a branch, for the compiler draws again in the layout of this store
+            if is_first:  # branch rather than mask: Triton 3.6 would draw again in the store's layout
                 tl.store(low + p * low_size + d, b_low, m_d)
         b_blocks = tl.broadcast_to((b_low * SCALE)[:, :, None], [R, C, X])
         b_candidate = b_residual + tl.reshape(b_blocks, [1, R * C * X])
         tl.store(candidates + p * size + o_plane + o, b_candidate.to(candidates.dtype.element_ty), m)
 
 
-def launch(
+@operator("candidates", "low")
+def fill_population(
     residual: Tensor,  # [planes, H, W]
     candidates: Tensor,  # [P, planes, H, W]
     level: int,
-    *,
-    mean: Tensor | None = None,  # [D]
-    std: Tensor | None = None,  # [D]
-    draws: Tensor | None = None,  # [P, D]
-    low: Tensor | None = None,  # [P, D]
-    seed: Seed = 0,
-    generation: Seed = 0,
-    first: int = 0,
+    mean: Tensor | None,  # [D]; None: `draws` are the low bands themselves
+    std: Tensor | None,  # [D]
+    draws: Tensor | None,  # [P, D]; None: drawn here
+    low: Tensor | None,  # [P, D]; None: not written down
+    seed: int,
+    generation: int,
+    seed_tensor: Tensor | None,  # 0-d, in place of the number; and so the next
+    generation_tensor: Tensor | None,
+    first: int,
 ) -> None:
     """Fills `candidates` and, where given, `low`. All tensors are contiguous."""
     planes, height, width = residual.shape
@@ -135,8 +137,8 @@ def launch(
         draws,
         candidates,
         low,
-        seed,
-        generation,
+        seed if seed_tensor is None else seed_tensor,
+        generation if generation_tensor is None else generation_tensor,
         first,
         popsize,
         share,
@@ -158,10 +160,11 @@ def launch(
     )
 
 
+@documented
 def sample_population(
-    residual: Tensor,  # [1, ..., H, W] fp32, from `split_low_band`
-    mean: Tensor,  # [D]
-    std: Tensor,  # [D]
+    residual: Tensor,  # [1, ..., H, W] fp32 or fp64, from `split_low_band`
+    mean: Tensor,  # [D] fp32, D = the number of coefficients in the lowest band
+    std: Tensor,  # [D] fp32
     level: int,
     *,
     popsize: int,
@@ -171,67 +174,26 @@ def sample_population(
     draws: Tensor | None = None,  # [popsize, D], in place of a seed
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_population(residual, mean, std, level, popsize, seed, generation, first, draws)
     (seed, seed_tensor), (generation, generation_tensor) = _apart(seed), _apart(generation)
-    dtype = dtype or residual.dtype
-    call = _op if torch.compiler.is_compiling() else _sample
-    return call(
-        residual, mean, std, level, popsize, seed, generation, seed_tensor, generation_tensor, first, draws, dtype
+    candidates = residual.new_empty((popsize, *residual.shape[1:]), dtype=dtype or residual.dtype)
+    low = mean.new_empty((popsize, mean.numel()), dtype=torch.float32)
+    fill_population(
+        residual.detach().contiguous().view(-1, *residual.shape[-2:]),
+        candidates,
+        level,
+        mean.detach().contiguous(),
+        std.detach().contiguous(),
+        None if draws is None else draws.detach().contiguous(),
+        low,
+        seed,
+        generation,
+        seed_tensor,
+        generation_tensor,
+        first,
     )
+    return candidates, low
 
 
 def _apart(value: Seed | None) -> tuple[int, Tensor | None]:
     """An operator's argument is a number or a tensor, but not either."""
     return (0, value) if isinstance(value, Tensor) else (value or 0, None)
-
-
-def _outputs(
-    residual: Tensor,  # [1, ..., H, W]
-    mean: Tensor,  # [D]
-    popsize: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # [P, ..., H, W], [P, D]
-    candidates = residual.new_empty((popsize, *residual.shape[1:]), dtype=dtype)
-    return candidates, mean.new_empty((popsize, mean.numel()), dtype=torch.float32)
-
-
-def _sample(
-    residual: Tensor,  # [1, ..., H, W]
-    mean: Tensor,  # [D]
-    std: Tensor,  # [D]
-    level: int,
-    popsize: int,
-    seed: int,
-    generation: int,
-    seed_tensor: Tensor | None,  # 0-d, and so the next
-    generation_tensor: Tensor | None,
-    first: int,
-    draws: Tensor | None,  # [P, D]
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    candidates, low = _outputs(residual, mean, popsize, dtype)
-    launch(
-        residual.contiguous().view(-1, *residual.shape[-2:]),
-        candidates,
-        level,
-        mean=mean.contiguous(),
-        std=std.contiguous(),
-        draws=None if draws is None else draws.contiguous(),
-        low=low,
-        seed=seed if seed_tensor is None else seed_tensor,
-        generation=generation if generation_tensor is None else generation_tensor,
-        first=first,
-    )
-    return candidates, low
-
-
-# One operator to torch.compile, so that it neither breaks the graph nor looks inside.
-_op = torch.library.custom_op("ses_fast::sample_population", _sample, mutates_args=())
-
-
-@_op.register_fake
-def _(residual, mean, std, level, popsize, seed, generation, seed_tensor, generation_tensor, first, draws, dtype):
-    return _outputs(residual, mean, popsize, dtype)
-
-
-sample_population.__doc__ = reference.sample_population.__doc__

@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ses_fast import reference
+from ses_fast.operators import operator
 from ses_fast.reference import (
     CLIP_MEAN,
     CLIP_STD,
     PIL_BITS,
     Resize,
-    check_images,
     crop_resizes,
+    documented,
     pad_resizes,
     pil_weights,
 )
@@ -254,8 +254,9 @@ def unfit(height: int, width: int, rule: str, size: int) -> str | None:
     return None
 
 
+@documented
 def resize_normalize(
-    images: Tensor,  # [n, 3, H, W] in [-1, 1], fp16, bf16 or fp32
+    images: Tensor,  # [n, 3, H, W] in [-1, 1], any floating dtype
     rule: str = "crop",
     *,
     size: int = 224,
@@ -264,38 +265,26 @@ def resize_normalize(
     dtype: torch.dtype | None = None,
     centre: str = "floor",
 ) -> Tensor:
-    check_images(images, rule, size, mean, std, centre)
     height, width = images.shape[-2:]
     if reason := unfit(height, width, rule, size):
         raise ValueError(reason)
-    call = _op if torch.compiler.is_compiling() else _resize
-    return call(images, rule, size, list(mean), list(std), dtype or images.dtype, centre)
+    out = images.new_empty((len(images), 3, size, size), dtype=dtype or images.dtype)
+    fill_resize_normalize(images, out, rule, list(mean), list(std), centre)
+    return out
 
 
-def _output(
+@operator("out")
+def fill_resize_normalize(
     images: Tensor,  # [n, 3, H, W]
+    out: Tensor,  # [n, 3, size, size]
     rule: str,
-    size: int,
     mean: list[float],
     std: list[float],
-    dtype: torch.dtype,
     centre: str,
-) -> Tensor:  # [n, 3, size, size]
-    return images.new_empty((len(images), 3, size, size), dtype=dtype)
-
-
-def _resize(
-    images: Tensor,  # [n, 3, H, W]
-    rule: str,
-    size: int,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    centre: str,
-) -> Tensor:  # [n, 3, size, size]
-    out = _output(images, rule, size, mean, std, dtype, centre)
+) -> None:
     if not len(images):
-        return out
+        return
+    size = out.shape[-1]
     height, width = images.shape[-2:]
     resizes = crop_resizes(height, width, size, centre) if rule == "crop" else pad_resizes(height, width, size)
     down = _axis(resizes[0], rule, 1, True, images.device)
@@ -338,11 +327,3 @@ def _resize(
         num_warps=8 if across.span * down.span > 64 * SPAN else 4,
         num_stages=2 if full else 3,
     )
-    return out
-
-
-# An operator to torch.compile, so that it neither breaks the graph nor looks inside.
-_op = torch.library.custom_op("ses_fast::resize_normalize", _resize, mutates_args=())
-_op.register_fake(_output)
-
-resize_normalize.__doc__ = reference.resize_normalize.__doc__

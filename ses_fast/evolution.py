@@ -9,8 +9,6 @@ State in, state out; nothing here calls an objective:
     latents, number, score = leader(state)
 """
 
-import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -20,14 +18,26 @@ import torch
 from torch import Tensor
 
 from . import ops, spectral
+from .checks import check_base, check_drawn, check_members, check_noise, check_saved, check_sizes
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = [
+    "Drawn",
+    "EvolutionConfig",
+    "Leader",
+    "SearchState",
+    "ask",
+    "check_state",
+    "continued",
+    "leader",
+    "start",
+    "tell",
+]
 STATE_FORMAT = 2  # raised when an old state_dict would no longer continue bit for bit
 
 
 @dataclass(frozen=True)
 class EvolutionConfig:
-    """Raises ValueError for a size below 1, a level below 0 and an unknown wavelet."""
+    """Raises ValueError for a size below 1 or above 2^32, a level below 0 or above 24, and an unknown wavelet."""
 
     popsize: int = 10
     k_elites: int = 5
@@ -35,8 +45,9 @@ class EvolutionConfig:
     dwt_level: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("popsize", 1), ("k_elites", 1), ("dwt_level", 0)):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        sizes = check_sizes(self.popsize, self.k_elites, self.dwt_level)
+        for name, size in zip(("popsize", "k_elites", "dwt_level"), sizes, strict=True):
+            object.__setattr__(self, name, size)
         spectral.check_wavelet(self.wavelet_name)
 
 
@@ -44,10 +55,12 @@ class Drawn:
     """Noise from a user's generator, drawn as the reference does: `randn(P, D)` when a generation is first asked for.
 
     The generator's state before each draw is kept, so that asking again for a generation, or going on from an older
-    state, gives the same noise. Other code may draw from the generator between two generations.
+    state, gives the same noise. Other code may draw from the generator between two generations. Raises ValueError for
+    a generation of more than 2^28 numbers: they are drawn whole, however few are scored.
     """
 
     def __init__(self, generator: torch.Generator, popsize: int, size: int) -> None:
+        check_drawn(popsize, size)
         self.generator = generator
         self.shape = (popsize, size)
         self.before: dict[int, Tensor] = {}  # generation -> the generator's state when it was drawn
@@ -80,7 +93,7 @@ class SearchState:
     mean: Tensor  # [D] fp32
     variance: Tensor  # [D] fp32
     elite_low: Tensor  # [K, D] fp32, the best first, K <= k_elites
-    elite_scores: Tensor  # [K] fp64; minus infinity marks an empty place, which weighs nothing
+    elite_scores: Tensor  # [K] fp64; -inf marks an unused slot, ignored in mean and variance
     told: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, minus infinity if not finite
     waiting: tuple[Tensor, ...]  # [n] fp64 each, as they came: the scores of the generation under way
     evaluations: int  # how many scores there are in all
@@ -143,7 +156,7 @@ class SearchState:
         config = EvolutionConfig(**{name: state[name] for name in settings})
         check_base(state["base"])
         base_low, residual = spectral.split(state["base"], config.wavelet_name, config.dwt_level, backend=backend)
-        generator = _check_saved(state, config, base_low.numel())
+        generator = check_saved(state, config.popsize, config.k_elites, base_low.numel())
         drawn = None if generator is None else Drawn(generator, config.popsize, base_low.numel())
         generations = state["scores"].split(config.popsize)
         complete = len(state["scores"]) // config.popsize
@@ -157,55 +170,10 @@ class SearchState:
             told=generations[:complete],
             waiting=generations[complete:],
             evaluations=len(state["scores"]),
-            members=_check_members(state),
+            members=check_members(state),
             about=state["about"],
             **{name: state[name] for name in _SAVED},
         )
-
-
-def _check_saved(state: Mapping[str, Any], config: EvolutionConfig, size: int) -> torch.Generator | None:
-    """The saved generator, where there is one. ValueError for entries that no search of `size` coefficients has."""
-    scores = state["scores"]
-    count = scores.numel() if isinstance(scores, Tensor) else 0
-    elites = min(config.k_elites, count // config.popsize * config.popsize)
-    shapes: dict[str, tuple[int, ...]] = {"scores": (count,), "mean": (size,), "variance": (size,)}
-    shapes |= {"elite_low": (elites, size), "elite_scores": (elites,)}
-    for name, shape in shapes.items():
-        value, dtype = state[name], torch.float64 if "scores" in name else torch.float32
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the search state's {name} must be {dtype} of shape {shape}; got {got}")
-        possible = ~value.isnan() if "scores" in name else value.isfinite()
-        if not possible.all() or (name == "variance" and (value < 0).any()):
-            raise ValueError(f"the search state's {name} holds what no search makes")
-    if not isinstance(state["include_base"], bool):
-        raise ValueError(f"the search state's include_base must be True or False, got {state['include_base']!r}")
-    if (state["seed"] is None) != ("generator_state" in state):
-        raise ValueError("the search state must have either a seed or a generator_state")
-    if state["seed"] is not None:
-        check_noise(state["seed"], None)
-        return None
-    generator = torch.Generator("cpu")
-    try:
-        generator.set_state(state["generator_state"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"the search state's generator_state is none of a torch.Generator: {error}") from error
-    return generator
-
-
-def _check_members(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The raw scores of combined rewards. ValueError where they do not fit the scores, or `about` is no dict."""
-    names, count = state["members"], len(state["scores"])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"the search state's members must be a list of different names, got {names!r}")
-    if not isinstance(state["about"], Mapping):
-        raise ValueError(f"the search state's about must be a dict, got {type(state['about']).__name__}")
-    scores = state.get("member_scores")
-    if not names and scores is None:
-        return {}
-    if not isinstance(scores, Tensor) or scores.dtype != torch.float64 or scores.shape != (len(names), count):
-        raise ValueError(f"the search state's member_scores must be torch.float64 of shape {(len(names), count)}")
-    return dict(zip(names, scores, strict=True))
 
 
 _SAVED = ("base", "mean", "variance", "elite_low", "elite_scores")
@@ -262,44 +230,71 @@ def start(
     )
 
 
+def continued(
+    state: SearchState,
+    base_latents: Tensor,
+    config: EvolutionConfig,
+    seed: int | None,
+    generator: torch.Generator | None,
+    include_base: bool,
+) -> SearchState:
+    """`state` on the base's device. Raises ValueError where it was started with other arguments."""
+    check_base(base_latents)
+    check_state(state, config, seed, generator, include_base)
+    state = state.to(base_latents.device)
+    if base_latents.dtype != state.base.dtype or not torch.equal(state.base, base_latents):
+        raise ValueError("the state is of another search: its base latents are not these")
+    return state
+
+
+def check_state(
+    state: Any,
+    config: EvolutionConfig,
+    seed: int | None,
+    generator: torch.Generator | None,
+    include_base: bool,
+) -> None:
+    """Raises ValueError unless `state` is a SearchState that was started with these. Does not compare the base."""
+    if not isinstance(state, SearchState):
+        raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
+    was, now = (f"{c}, include_base={b}" for c, b in ((state.config, state.include_base), (config, include_base)))
+    if was != now:
+        raise ValueError(f"the state is of another search: it was started with {was}, this call has {now}")
+    if generator is not None or seed not in (None, state.seed):
+        raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
+
+
 @torch.no_grad()
 def ask(
     state: SearchState,
+    count: int | None = None,
     *,
-    seed: ops.Seed | None = None,
-    generation: ops.Seed | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The current generation: (candidates [P, ..., H, W] in the base's dtype, lowest bands [P, D] fp32).
 
     low = mean + sqrt(max(variance, 1e-9)) * eps takes the place of the base's. A second call gives the same.
-    It is always the whole generation, so that no candidate depends on how many are wanted.
 
-    seed, generation: instead of the state's; for CUDA graphs, as 0-d int64 tensors on the base's device, which
-    can change between two replays where the state's are numbers. Raises ValueError with a generator, whose
-    draws are made on the host; RuntimeError where `backend` cannot run this, or the `tell` that follows.
+    count: only the first `count` candidates, [count, ...], where the budget ends before the generation does; they
+    are those of the whole one. Raises RuntimeError where `backend` cannot run this, or the `tell` that follows.
     """
-    if state.drawn is not None and (seed is not None or generation is not None):
-        raise ValueError("the state draws from a generator: leave out seed= and generation=")
-    ops.check_update_elites(state.mean, state.config.popsize, state.config.k_elites, backend=backend)
-    number = state.generation if generation is None else generation
+    config, generation = state.config, state.generation
+    ops.check_update_elites(state.mean, config.popsize, config.k_elites, backend=backend)
+    popsize = config.popsize if count is None else min(count, config.popsize)
     candidates, low = spectral.sample_population(
         state.residual,
         state.mean,
         state.variance.clamp(min=1e-9).sqrt(),
-        state.config.wavelet_name,
-        state.config.dwt_level,
-        popsize=state.config.popsize,
-        seed=state.seed if seed is None else seed,
-        generation=number,
-        draws=None if state.drawn is None else state.drawn(state.generation).to(state.base.device),
+        config.wavelet_name,
+        config.dwt_level,
+        popsize=popsize,
+        seed=state.seed,
+        generation=generation,
+        draws=None if state.drawn is None else state.drawn(generation)[:popsize].to(state.base.device),
         dtype=state.base.dtype,
         backend=backend,
     )
-    if state.include_base and isinstance(number, Tensor):  # only the device knows which generation it is
-        candidates[0] = state.base[0].where(number == 0, candidates[0])
-        low[0] = state.base_low.flatten().where(number == 0, low[0])
-    elif state.include_base and number == 0:
+    if state.include_base and generation == 0:
         candidates[0], low[0] = state.base[0], state.base_low.flatten()
     return candidates, low
 
@@ -307,7 +302,7 @@ def ask(
 @torch.no_grad()
 def tell(
     state: SearchState,
-    low: Tensor,  # [P, D] from `ask`
+    low: Tensor,  # [P, D] from `ask`; looked at when the generation is complete
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
     *,
     members: Mapping[str, Tensor] | None = None,  # [n] each: the raw scores that `scores` combines
@@ -315,7 +310,7 @@ def tell(
 ) -> SearchState:
     """The state with n more scores. They wait until their generation is complete, which moves the mean.
 
-    A score that is not finite becomes minus infinity. Does not wait for the device. Raises ValueError for
+    A score that is not finite becomes -inf. Does not wait for the device. Raises ValueError for
     scores of another shape, and for more than there are candidates left. `backend`: of `ops.update_elites`.
     """
     left = state.config.popsize - state.index
@@ -343,11 +338,11 @@ def tell(
     )
     return replace(
         state,
-        told=(*state.told, elites.told),
+        told=(*state.told, elites.scores),
         waiting=(),
         evaluations=evaluations,
-        elite_low=elites.low,
-        elite_scores=elites.scores,
+        elite_low=elites.elite_low,
+        elite_scores=elites.elite_scores,
         mean=elites.mean,
         variance=elites.variance,
     )
@@ -366,7 +361,7 @@ def _more_members(state: SearchState, members: Mapping[str, Tensor]) -> dict[str
 @torch.no_grad()
 def leader(
     state: SearchState,
-    low: Tensor | None = None,  # [P, D] of the current generation, where it is at hand
+    low: Tensor | None = None,  # [n, D] of the current generation's scored candidates, where they are at hand
     *,
     backend: str | None = None,
 ) -> Leader | None:
@@ -380,12 +375,12 @@ def leader(
         return None
     if state.include_base and number == 0:
         return Leader(state.base.clone(), number, scores[number])
-    told = state.evaluations - state.index
-    # The first elite is the best of all that were told; one that still waits is drawn again.
-    if number < told:
+    index = number - state.generation * state.config.popsize
+    # The first elite is the best of all complete generations; one of the generation under way is drawn again.
+    if index < 0:
         best = state.elite_low[0]
     else:
-        best = (ask(state, backend=backend)[1] if low is None else low)[number - told]
+        best = (ask(state, index + 1, backend=backend)[1] if low is None else low)[index]
     config, dtype = state.config, state.base.dtype
     best = best.view(state.base_low.shape)
     latents = spectral.merge(state.residual, best, config.wavelet_name, config.dwt_level, dtype=dtype, backend=backend)
@@ -394,41 +389,3 @@ def leader(
 
 def _finite(scores: Tensor) -> Tensor:
     return scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-
-
-def check_noise(seed: Any, generator: Any) -> int | None:
-    """The seed as an int. Raises ValueError unless it is an int64 or None, `generator` a CPU one or None, not both."""
-    if generator is not None:
-        if seed is not None:
-            raise ValueError("give seed= or generator=, not both")
-        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-            raise ValueError(f"generator must be a CPU torch.Generator, on every device; got {generator!r}")
-    if seed is None:
-        return None
-    seed = whole_number("seed", seed, -(2**63))
-    if seed >= 2**63:
-        raise ValueError(f"seed must be below 2^63, got {seed}")
-    return seed
-
-
-def check_base(base: Tensor) -> None:
-    """Raises ValueError unless the base is one finite floating (1, ..., H, W)."""
-    if not isinstance(base, Tensor):
-        raise ValueError(f"base_latents must be a torch.Tensor, got {type(base).__name__}")
-    if base.ndim < 3 or base.shape[0] != 1 or base.numel() == 0:
-        shape = tuple(base.shape)
-        raise ValueError(f"base_latents must be one base (1, ..., H, W), not empty; got {shape}: search one by one")
-    if base.dtype not in DTYPES:
-        raise ValueError(f"base_latents must be float16, bfloat16, float32 or float64; convert it from {base.dtype}")
-    # NaN passes through both: a quarter of the time of base.isfinite().all(), and one copy from the device.
-    if not all(map(math.isfinite, torch.stack(base.aminmax()).tolist())):
-        raise ValueError("base_latents has values that are not finite: check how the noise was made")
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises ValueError for a bool, a float or another type, and below `least`."""
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if operator.index(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return operator.index(value)

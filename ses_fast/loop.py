@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_options, whole_number
 from .cpu import keep_memory
-from .evolution import EvolutionConfig, SearchState, ask, check_base, start, tell, whole_number
+from .evolution import EvolutionConfig, SearchState, ask, continued, start, tell
 from .objective import FunctionObjective, Objective
 from .recorder import STAGES, Recorder
 from .result import SearchResult
@@ -85,7 +85,7 @@ def evolve(
     if state is None:
         state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base, backend=backend)
     else:
-        state = _continued(state, base_latents, config, seed, generator, include_base)
+        state = continued(state, base_latents, config, seed, generator, include_base)
         objective.resume(state.about)
     if base_latents.device.type == "cpu":
         keep_memory()
@@ -101,9 +101,9 @@ def evolve(
     )
     with recorder:
         while recorder.goes_on():
-            candidates, low = ask(state, backend=backend)
+            candidates, low = ask(state, state.index + budget - state.evaluations, backend=backend)
             recorder.asked(low)
-            left = candidates[state.index :][: budget - state.evaluations]
+            left = candidates[state.index :]
             objective.score(left, state.generation, state.index, recorder.take)
             del candidates, left  # the next generation may have their memory
             scores, members = recorder.scores()
@@ -112,53 +112,9 @@ def evolve(
         return recorder.result()
 
 
-def check_options(*, time_limit: Any = None, **callbacks: Any) -> None:
-    """Raises ValueError for a time_limit that is not above 0, and a callback that is neither None nor callable."""
-    for name, callback in callbacks.items():
-        if callback is not None and not callable(callback):
-            raise ValueError(f"{name} must be callable, got {callback!r}")
-    if time_limit is not None:
-        if not isinstance(time_limit, Real) or isinstance(time_limit, bool) or not float(time_limit) > 0:
-            raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
-
-
-def check_state(
-    state: Any,
-    config: EvolutionConfig,
-    seed: int | None,
-    generator: torch.Generator | None,
-    include_base: bool,
-) -> None:
-    """Raises ValueError unless `state` is a SearchState that was started with these. Does not compare the base."""
-    if not isinstance(state, SearchState):
-        raise ValueError(f"state must be a SearchState, see SearchState.load_state_dict; got {type(state).__name__}")
-    was, now = (f"{c}, include_base={b}" for c, b in ((state.config, state.include_base), (config, include_base)))
-    if was != now:
-        raise ValueError(f"the state is of another search: it was started with {was}, this call has {now}")
-    if generator is not None or seed not in (None, state.seed):
-        raise ValueError("the state goes on with its own seed or generator: leave out seed= and generator=")
-
-
 def _as_objective(given: Any, batch_size: int) -> Objective:
     if isinstance(given, Objective):
         return given
     if not callable(given):
         raise ValueError(f"objective_reward_fn must be callable, got {given!r}")
     return FunctionObjective(given, batch_size)
-
-
-def _continued(
-    state: SearchState,
-    base_latents: Tensor,
-    config: EvolutionConfig,
-    seed: int | None,
-    generator: torch.Generator | None,
-    include_base: bool,
-) -> SearchState:
-    """`state` on the base's device. Raises ValueError where it was started with other arguments."""
-    check_base(base_latents)
-    check_state(state, config, seed, generator, include_base)
-    state = state.to(base_latents.device)
-    if base_latents.dtype != state.base.dtype or not torch.equal(state.base, base_latents):
-        raise ValueError("the state is of another search: its base latents are not these")
-    return state

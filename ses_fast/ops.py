@@ -1,8 +1,8 @@
-"""The ops, public. The only file that chooses a backend; what each op does is written in `reference.py`.
+"""The ops, public: each checks its arguments, chooses a backend and calls it. What each does is in `reference.py`.
 
-"torch" is `reference.py`, on any device. "triton" is `ses_fast.kernels`, on CUDA. "auto" takes Triton only
-where every tensor is on one CUDA device, none is fp64 and the kernel's sizes suffice. A backend asked for by
-name runs or raises RuntimeError.
+The only file that chooses. "torch" is `fast_torch.py`, on any device. "triton" is `ses_fast.kernels`, on CUDA, with the
+tensors' device made the current one. "auto" takes Triton only where every tensor is on one CUDA device, none is fp64
+and the kernel's sizes suffice. A backend asked for by name runs or raises RuntimeError.
 """
 
 import importlib.util
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import CLIP_MEAN, CLIP_STD, Elites, Seed, check_images
+from . import checks, fast_torch
+from .reference import CLIP_MEAN, CLIP_STD, Elites, Seed, band_size, documented
 
 BACKENDS = ("auto", "triton", "torch")
 F = TypeVar("F", bound=Callable)
@@ -25,11 +25,6 @@ def set_backend(name: str) -> None:
     """The backend of every op called without `backend=`: "auto" (the default), "triton" or "torch"."""
     global _backend
     _backend = _known(name)
-
-
-def get_backend() -> str:
-    """What `set_backend` set."""
-    return _backend
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
@@ -58,6 +53,25 @@ def _missing(kernel: str) -> str | None:
     return None
 
 
+def _call(
+    op: str,
+    kernel: str,
+    backend: str | None,
+    tensors: Sequence[Tensor | None],  # on one device, the first is none of the optional ones
+    *args: Any,
+    sizes: tuple | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The op of this name by the backend for `tensors`; sizes: as of `_module`."""
+    module = _module(kernel, backend, *tensors, sizes=sizes)
+    function = getattr(module, op)
+    if module is fast_torch or torch.compiler.is_compiling():  # a compiled launch is guarded by its operator
+        return function(*args, **kwargs)
+    # Triton launches on the current device and its stream, which need not be the tensors'.
+    with torch.cuda.device_of(tensors[0]):
+        return function(*args, **kwargs)
+
+
 def _module(kernel: str, backend: str | None, *tensors: Tensor | None, sizes: tuple | None = None) -> Any:
     """The module whose function of the op's name is to be called.
 
@@ -65,7 +79,7 @@ def _module(kernel: str, backend: str | None, *tensors: Tensor | None, sizes: tu
     """
     name = _known(_backend if backend is None else backend)
     if name == "torch":
-        return reference
+        return fast_torch
     reason = why_not_triton(*(tensor for tensor in tensors if tensor is not None))
     if reason is None:
         module = _kernels(kernel)
@@ -74,7 +88,7 @@ def _module(kernel: str, backend: str | None, *tensors: Tensor | None, sizes: tu
             return module
     if name == "triton":
         raise RuntimeError(f'backend="triton" cannot run here: {reason}. backend="auto" would take torch')
-    return reference
+    return fast_torch
 
 
 def _kernels(name: str) -> Any:
@@ -98,8 +112,9 @@ def _known(name: str) -> str:
 
 def _op(function: F) -> F:
     """Gives an op the docstring of its namesake in `reference.py`, and what `backend=` adds."""
-    told = getattr(reference, function.__name__).__doc__
-    function.__doc__ = f"""{told.rstrip()}
+    text = documented(function).__doc__
+    assert text is not None
+    function.__doc__ = f"""{text.rstrip()}
 
     backend: "auto", "triton" or "torch" for this call; None: what `set_backend` set. "triton" raises RuntimeError, and
     says why, where the kernels cannot run.
@@ -114,7 +129,8 @@ def haar_dwt2(
     *,
     backend: str | None = None,
 ) -> list:
-    return _module("haar", backend, x).haar_dwt2(x, level)
+    checks.check_latents(x, level)
+    return _call("haar_dwt2", "haar", backend, [x], x, level)
 
 
 @_op
@@ -124,8 +140,9 @@ def haar_idwt2(
     *,
     backend: str | None = None,
 ) -> Tensor:
+    checks.check_bands(coeffs, size)
     bands = [coeffs[0], *(band for triple in coeffs[1:] for band in triple)]
-    return _module("haar", backend, *bands).haar_idwt2(coeffs, size)
+    return _call("haar_idwt2", "haar", backend, bands, coeffs, size)
 
 
 @_op
@@ -135,7 +152,8 @@ def split_low_band(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _module("haar", backend, x).split_low_band(x, level)
+    checks.check_latents(x, level)
+    return _call("split_low_band", "haar", backend, [x], x, level)
 
 
 @_op
@@ -147,7 +165,9 @@ def merge_low_band(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    return _module("haar", backend, residual, low).merge_low_band(residual, low, level, dtype=dtype)
+    checks.check_level(level)
+    checks.check_low_band(residual, low, band_size(residual.shape[-2:], level))
+    return _call("merge_low_band", "haar", backend, [residual, low], residual, low, level, dtype=dtype)
 
 
 @_op
@@ -165,7 +185,12 @@ def sample_population(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _module("population", backend, residual, mean, std, draws).sample_population(
+    checks.check_population(residual, mean, std, level, popsize, seed, generation, first, draws)
+    return _call(
+        "sample_population",
+        "population",
+        backend,
+        [residual, mean, std, draws],
         residual,
         mean,
         std,
@@ -191,9 +216,11 @@ def update_elites(
     k_elites: int,
     backend: str | None = None,
 ) -> Elites:
-    # The scores are compared as fp64, in the kernel too.
-    module = _module("elites", backend, low, elite_low, mean, variance, sizes=(len(scores), k_elites))
-    return module.update_elites(low, scores, elite_low, elite_scores, mean, variance, k_elites=k_elites)
+    checks.check_elites(low, scores, elite_low, elite_scores, mean, variance, k_elites)
+    given = (low, scores, elite_low, elite_scores, mean, variance)
+    tensors = [low, elite_low, mean, variance]  # the scores may be fp64: the kernel compares them as that
+    sizes = (len(scores), k_elites)
+    return _call("update_elites", "elites", backend, tensors, *given, sizes=sizes, k_elites=k_elites)
 
 
 def check_update_elites(
@@ -219,8 +246,18 @@ def resize_normalize(
     centre: str = "floor",
     backend: str | None = None,
 ) -> Tensor:
-    check_images(images, rule, size, mean, std, centre)  # before the kernel's limits are asked about them
-    sizes = (*images.shape[-2:], rule, size)
-    return _module("preprocess", backend, images, sizes=sizes).resize_normalize(
-        images, rule, size=size, mean=mean, std=std, dtype=dtype, centre=centre
+    checks.check_images(images, rule, size, mean, std, centre)
+    return _call(
+        "resize_normalize",
+        "preprocess",
+        backend,
+        [images],
+        images,
+        rule,
+        sizes=(*images.shape[-2:], rule, size),
+        size=size,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        centre=centre,
     )

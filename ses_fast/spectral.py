@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_latents, check_level, check_low_band, check_residual
 from .errors import missing_extra
-from .reference import Seed, check_latents, check_low_band, check_residual
+from .reference import Seed
 
 HAAR = ("db1", "haar")
 
@@ -58,6 +59,7 @@ def merge(
     """
     if _is_haar(wavelet):
         return ops.merge_low_band(residual, low, level, dtype=dtype, backend=backend)
+    check_level(level)
     (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
     check_low_band(residual, low, (down.shape[1], across.shape[1]))
     wide = torch.promote_types(residual.dtype, torch.float32)
@@ -88,6 +90,7 @@ def sample_population(
     )
     if _is_haar(wavelet):
         return ops.sample_population(residual, mean, std, level, dtype=dtype, **noise)
+    check_level(level)
     check_residual(residual)
     (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
     shape = (*residual.shape[1:-2], down.shape[1], across.shape[1])

@@ -59,10 +59,18 @@ def evolve(objective=None, **arguments):
         (dict(popsize=0), "popsize must be at least 1, got 0"),
         (dict(popsize=2.5), "popsize must be a whole number, got 2.5"),
         (dict(popsize=torch.tensor(4)), "popsize must be a whole number"),
+        (dict(popsize=2**32 + 1), "popsize must be at most 2^32, got 4294967297"),
+        (
+            dict(popsize=10**9, generator=torch.Generator()),
+            "popsize=1000000000 needs 64000000000 numbers in each generation, and a generator draws them whole",
+        ),
         (dict(k_elites=0), "k_elites must be at least 1, got 0"),
         (dict(k_elites=None), "k_elites must be a whole number, got None"),
         # the wavelet
         (dict(dwt_level=-1), "dwt_level must be at least 0, got -1"),
+        (dict(dwt_level=25), "dwt_level must be at most 24, got 25: N(0, 1) / 2^25 moves no fp32 sample"),
+        (dict(dwt_level=140), "dwt_level must be at most 24, got 140"),
+        (dict(dwt_level=10**9, wavelet_name="db2"), "dwt_level must be at most 24, got 1000000000"),
         (dict(dwt_level=True), "dwt_level must be a whole number, got True"),
         (dict(dwt_level="auto"), "dwt_level must be a whole number, got 'auto'"),
         (dict(wavelet_name="db99"), "unknown wavelet 'db99': close names are db9"),
@@ -143,6 +151,7 @@ def test_a_state_of_another_search(arguments, message) -> None:
         pytest.param(
             lambda d: d.update(include_base=None), "include_base must be True or False", id="include_base None"
         ),
+        pytest.param(lambda d: d.update(dwt_level=140), "dwt_level must be at most 24", id="a level too deep"),
         pytest.param(lambda d: d.update(seed="x"), "seed must be a whole number", id="a seed of letters"),
         pytest.param(
             lambda d: d.update(seed=None), "either a seed or a generator_state", id="neither seed nor generator"

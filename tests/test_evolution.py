@@ -220,25 +220,44 @@ def test_ask_twice_gives_the_same(source: str) -> None:
         state = tell(state, low, torch.tensor([1.0, 2.0, 3.0]))
 
 
-@pytest.mark.parametrize("include_base", [False, True])
-def test_ask_takes_seed_and_generation_from_the_device(include_base: bool) -> None:
-    """As a captured graph does: the state's own numbers are then not looked at."""
-    config = EvolutionConfig(popsize=3, dwt_level=2)
-    state, other = (start(base(4, 16, 16), config, seed=seed, include_base=include_base) for seed in (2**40 + 3, 7))
-    seed = torch.tensor(2**40 + 3)
-    for number in range(3):
-        want = ask(replace(state, evaluations=3 * number))
-        for generation in (number, torch.tensor(number)):
-            got = ask(other, seed=seed, generation=generation)
-            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert torch.equal(ask(other, seed=seed)[0], ask(state)[0])
+@pytest.mark.parametrize("source", ["seed", "generator"])
+@pytest.mark.parametrize("wavelet", ["db1", "db2"])
+def test_ask_for_a_few_gives_the_first_of_the_whole_generation(wavelet: str, source: str) -> None:
+    noise = dict(seed=3) if source == "seed" else dict(generator=torch.Generator().manual_seed(3))
+    config = EvolutionConfig(popsize=7, wavelet_name=wavelet, dwt_level=1)
+    state = start(base(4, 9, 12), config, include_base=True, **noise)
+    for _ in range(2):
+        whole, low = ask(state)
+        for count in (1, 3, 7, 100):
+            few, few_low = ask(state, count)
+            assert torch.equal(few, whole[:count]) and torch.equal(few_low, low[:count])
+        state = told(state, list(range(7)), low)
 
 
-def test_ask_refuses_a_seed_beside_a_generator() -> None:
-    state = start(base(4, 16, 16), SMALL, generator=torch.Generator())
-    for numbers in (dict(seed=1), dict(generation=torch.tensor(1))):
-        with pytest.raises(ValueError, match="draws from a generator"):
-            ask(state, **numbers)
+def test_only_what_the_budget_leaves_is_drawn(monkeypatch) -> None:
+    """Also where a generation is under way, of which the scored candidates are drawn again."""
+    asked, sample = [], ops.sample_population
+
+    def count(*args, popsize: int, **settings):
+        asked.append(popsize)
+        return sample(*args, popsize=popsize, **settings)
+
+    monkeypatch.setattr(ops, "sample_population", count)
+    result = evolve(base(4, 8, 8), lambda z: z.mean().item(), 4, 10**9, 5, "db1", 2, seed=1, progress=False)
+    assert result.evaluations == 4 and asked == [4]
+    again = evolve(base(4, 8, 8), lambda z: z.mean().item(), 6, 10**9, 5, "db1", 2, state=result.state, progress=False)
+    assert again.evaluations == 6 and asked == [4, 6]
+    few = evolve(base(4, 8, 8), lambda z: z.mean().item(), 6, 6, 5, "db1", 2, seed=1, progress=False)
+    assert again.state.history == few.state.history and torch.equal(again.latents, few.latents)
+
+
+def test_a_leader_that_waits_is_drawn_without_the_rest_of_its_generation() -> None:
+    config = EvolutionConfig(popsize=10**9, dwt_level=2)
+    state = start(base(4, 8, 8), config, seed=1)
+    candidates, low = ask(state, 3)
+    state = told(state, [1, 3, 2], low)
+    best = leader(state)
+    assert best is not None and best.number == 1 and torch.equal(best.latents[0], candidates[1])
 
 
 def test_a_generator_draws_once_a_generation_and_no_more() -> None:
@@ -305,6 +324,15 @@ def test_leader_is_the_first_best(scores: list, number: int) -> None:
     best = leader(state)
     assert best is not None and (best.number, best.score) == (number, scores[number])
     assert torch.equal(best.latents[0], seen[number])
+
+
+def test_a_leader_that_is_the_base_is_a_copy_of_it() -> None:
+    state = start(base(4, 16, 16), SMALL, seed=2, include_base=True)
+    state = told(state, [3, 2], ask(state)[1])
+    best = leader(state)
+    assert best is not None and best.number == 0 and torch.equal(best.latents, state.base)
+    best.latents.zero_()  # the caller's own
+    assert state.base.any() and torch.equal(leader(state).latents, base(4, 16, 16))
 
 
 def test_no_leader_without_a_finite_score() -> None:

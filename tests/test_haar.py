@@ -179,6 +179,8 @@ def test_a_level_too_high_warns_as_pywavelets(size, level):
 
 BAD = [
     pytest.param(lambda: ops.haar_dwt2(latents((4, 4)), -1), "level must be an int, 0 or more", id="level"),
+    pytest.param(lambda: ops.haar_dwt2(latents((4, 4)), 101), "level must be at most 100, got 101", id="too-deep"),
+    pytest.param(lambda: ops.merge_low_band(latents((4, 4)), latents((1, 1)), 140), "at most 100", id="merge-too-deep"),
     pytest.param(lambda: ops.haar_dwt2(latents((4, 4)), 1.0), "level must be an int", id="float-level"),
     pytest.param(lambda: ops.haar_dwt2(latents((4,)), 1), r"must be \[..., H, W\]", id="1d"),
     pytest.param(lambda: ops.haar_dwt2(latents((0, 4, 4)), 1), "not empty", id="empty"),

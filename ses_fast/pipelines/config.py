@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..evolution import EvolutionConfig, SearchState, check_base, check_noise, whole_number
-from ..loop import check_options, check_state
+from ..checks import check_base, check_noise, check_options, whole_number
+from ..evolution import EvolutionConfig, SearchState, check_state
 from ..result import SearchResult
 
 # Fields that belong to one call: compared by identity, and printed in a word.

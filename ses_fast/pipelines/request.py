@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evolution import check_noise, whole_number
+from ..checks import check_noise, whole_number
 from ..rewards import known_name
 from ..rewards.base import Reward
 from ..rewards.pil import PILReward
