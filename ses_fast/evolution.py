@@ -306,6 +306,7 @@ def tell(
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
     *,
     members: Mapping[str, Tensor] | None = None,  # [n] each: the raw scores that `scores` combines
+    about: Mapping[str, Any] | None = None,  # see `Objective.about`; None: as it was
     backend: str | None = None,
 ) -> SearchState:
     """The state with n more scores. They wait until their generation is complete, which moves the mean.
@@ -316,13 +317,15 @@ def tell(
     left = state.config.popsize - state.index
     if scores.ndim != 1 or not 1 <= scores.numel() <= left:
         raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
-    if members or state.members:
-        state = replace(state, members=_more_members(state, members or {}))
-    evaluations = state.evaluations + scores.numel()
+    news: dict[str, Any] = {
+        "evaluations": state.evaluations + scores.numel(),
+        "members": _more_members(state, members or {}) if members or state.members else state.members,
+        "about": state.about if about is None else about,
+    }
     if scores.numel() < left:
         # A copy: the objective may use its tensor again.
         waiting = (*state.waiting, scores.to(state.mean.device, torch.float64, copy=True))
-        return replace(state, waiting=waiting, evaluations=evaluations)
+        return replace(state, waiting=waiting, **news)
 
     if state.waiting:
         scores = torch.cat([*state.waiting, scores.to(state.mean.device, torch.float64)])
@@ -340,11 +343,11 @@ def tell(
         state,
         told=(*state.told, elites.scores),
         waiting=(),
-        evaluations=evaluations,
         elite_low=elites.elite_low,
         elite_scores=elites.elite_scores,
         mean=elites.mean,
         variance=elites.variance,
+        **news,
     )
 
 

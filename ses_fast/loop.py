@@ -1,7 +1,6 @@
 """From base latents to the best: `evolve` says everything, `search` is the drop-in for `ses_search`."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +91,7 @@ def evolve(
 
     recorder = Recorder(
         state,
+        objective,
         budget,
         stopwatch,
         progress=progress,
@@ -107,7 +107,7 @@ def evolve(
             objective.score(left, state.generation, state.index, recorder.take)
             del candidates, left  # the next generation may have their memory
             scores, members = recorder.scores()
-            state = replace(tell(state, low, scores, members=members, backend=backend), about=objective.about)
+            state = tell(state, low, scores, members=members, about=objective.about, backend=backend)
             recorder.told(state)
         return recorder.result()
 

@@ -56,6 +56,6 @@ class FunctionObjective(Objective):
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
         for batch in candidates.split(self.batch_size):
-            scores = as_scores(self.function(batch), len(batch), "the objective", batch.device)
+            scores = as_scores(self.function(batch), batch.shape[0], "the objective", batch.device)
             if not report(Scored(scores)):
                 return

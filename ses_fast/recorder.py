@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .errors import warn
 from .evolution import SearchState, leader, tell
-from .objective import Scored
+from .objective import Objective, Scored
 from .result import SearchResult, result_of
 from .stopwatch import Stopwatch, device_clock
 
@@ -27,6 +27,7 @@ class Recorder:
     def __init__(
         self,
         state: SearchState,
+        objective: Objective,
         budget: int,
         stopwatch: Stopwatch,
         *,
@@ -35,7 +36,8 @@ class Recorder:
         on_generation: Callable[[SearchResult], Any] | None,
         backend: str | None,
     ) -> None:
-        self.state, self.budget, self.stopwatch, self.backend = state, budget, stopwatch, backend
+        self.state, self.objective, self.budget = state, objective, budget
+        self.stopwatch, self.backend = stopwatch, backend
         self.time_limit, self.on_generation, self.progress = time_limit, on_generation, progress
         self.begin = stopwatch.last
         self.stopped = "budget"
@@ -74,9 +76,11 @@ class Recorder:
         """Takes scores from the objective (its `Report`); False when the time is over."""
         self.stopwatch.lap("objective")
         self.waiting.append(scored)
-        self.counted += len(scored.scores)
-        self.watch.why_not_finite = self.watch.why_not_finite or scored.why_not_finite
-        self.bar.update(len(scored.scores))
+        n = scored.scores.numel()
+        self.counted += n
+        self.bar.update(n)
+        if scored.why_not_finite and not self.watch.why_not_finite:
+            self.watch.why_not_finite = scored.why_not_finite
         if self.time_limit is not None and self.counted < self.budget:
             if device_clock(scored.scores.device) - self.begin >= self.time_limit:
                 self.stopped = "time_limit"
@@ -125,7 +129,8 @@ class Recorder:
         """Puts the result so far at error.ses_result."""
         if self.waiting and self.low is not None:
             scores, members = self.scores()
-            self.state = tell(self.state, self.low, scores, members=members, backend=self.backend)
+            about = self.objective.about
+            self.state = tell(self.state, self.low, scores, members=members, about=about, backend=self.backend)
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", self._result("error"))
 

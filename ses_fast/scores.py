@@ -15,17 +15,14 @@ def as_scores(value: Any, n: int, who: str, device: torch.device | str = "cpu") 
     copy, because the callable may write on its own tensor again. Does not wait for the device. Raises ValueError
     for anything else.
     """
-    if isinstance(value, Tensor):
-        scores = value.detach()
-    else:
-        # Most scores are one float: they take the short way.
-        numbers = [value] if isinstance(value, float) else _numbers(value, n, who)
-        scores = torch.tensor(numbers, dtype=torch.float64, device=device)
+    if isinstance(value, float) and n == 1:  # most scores: the short way
+        return torch.tensor([value], dtype=torch.float64, device=device)
+    given = value.detach() if isinstance(value, Tensor) else _numbers(value, n, who)
+    scores = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device=device)
     if scores.is_complex() or not (scores.shape == (n,) or scores.numel() == n == 1):
         got = f"{scores.dtype} of shape {tuple(scores.shape)}"
         raise ValueError(f"{who} must return {n} scores, shape ({n},), for {n} candidates; got {got}")
-    copy = isinstance(value, Tensor)
-    return scores.reshape(n).to(device, torch.float64, copy=copy)
+    return scores.reshape(n).to(device, torch.float64, copy=scores is given)
 
 
 def _numbers(value: Any, n: int, who: str) -> list[float]:

@@ -116,6 +116,25 @@ def test_the_scale_of_a_sum_of_rewards_belongs_to_the_state(pipe, tmp_path):
         call(pipe, 12, heavier, {"state": state})
 
 
+def test_a_search_that_broke_in_its_first_generation_goes_on(pipe):
+    call(pipe, 6)
+    whole, calls = pipe.ses_result, []
+
+    def breaks(images, prompt):
+        calls.append(prompt)
+        if len(calls) == 3:
+            raise RuntimeError("lost")
+        return brightness(images, prompt)
+
+    breaks.__qualname__, breaks.__module__ = brightness.__qualname__, brightness.__module__
+    with pytest.raises(RuntimeError, match="lost") as caught:
+        call(pipe, 6, breaks)
+    call(pipe, 6, config={"state": caught.value.ses_result.state})
+    assert pipe.ses_result.trace == whole.trace
+    with pytest.raises(ValueError, match="its prompt was"):
+        call(pipe, 6, config={"state": caught.value.ses_result.state}, prompt="zebra")
+
+
 def test_a_state_gives_the_base_only_where_the_call_has_no_noise_of_its_own():
     """A given initial noise is the call's own: the state's base must not take its place in silence."""
     pipe = ses_fast.enable(tiny_flux2(klein=True))
