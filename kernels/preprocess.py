@@ -67,7 +67,7 @@ def floored(x, N: tl.constexpr):
 
 
 @triton.jit
-def weighed(high, low, SHIFT: tl.constexpr, WHOLE: tl.constexpr):
+def weighted(high, low, SHIFT: tl.constexpr, WHOLE: tl.constexpr):
     """(2^SHIFT high + low) / 2^22; WHOLE: rounded and clipped as Pillow does, (2^21 + ...) >> 22."""
     if WHOLE:
         low = floored(low + 2.0 ** (BITS - 1), SHIFT) * 2.0**-SHIFT
@@ -139,7 +139,7 @@ def resize_normalize_kernel(
             b_grey = quantised(b_image)
             row_high = tl.dot(b_grey, w_high, row_high)
             row_low = tl.dot(b_grey, w_low, row_low)
-        b_row = weighed(row_high, row_low, SHIFT_X, WHOLE)  # [SPAN_Y, X]
+        b_row = weighted(row_high, row_low, SHIFT_X, WHOLE)  # [SPAN_Y, X]
 
         p_down = down + o_down + r_y[:, None] * (STEPS_Y * SPAN_Y) + (j * SPAN_Y + r_span_y)[None, :]
         w_high, w_low = tl.load(p_down), tl.load(p_down + Y * (STEPS_Y * SPAN_Y))  # [Y, SPAN_Y]
@@ -159,7 +159,7 @@ def resize_normalize_kernel(
 
     b_scale = tl.where(i_c == 0, scale[0], tl.where(i_c == 1, scale[1], scale[2]))
     b_offset = tl.where(i_c == 0, offset[0], tl.where(i_c == 1, offset[1], offset[2]))
-    b_out = weighed(high, low, SHIFT_Y, WHOLE) * b_scale + b_offset
+    b_out = weighted(high, low, SHIFT_Y, WHOLE) * b_scale + b_offset
     y, x = i_y * tile_y + r_y, i_x * tile_x + r_x
     m_y, m_x = (r_y < tile_y) & (y < size), (r_x < tile_x) & (x < size)
     p_out = out + (i_plane * size + y[:, None]) * size + x[None, :]

@@ -1,26 +1,24 @@
 """Previews through a DiffSynth pipeline's own functions, from what its units made of the call."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compiling import compilation
 from ..renderer import Draft, Renderer
+from .family import Family
 from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from .unit import SESUnit
 
 ONE_SIDED_LORAS = ("positive_only_lora", "negative_only_lora")  # what the units make of a call's LoRAs
 
 
 class PipelineRenderer(Renderer):
-    """The renderer of a call: `unit` is the family's, `shared`, `posi` and `nega` are what the units before it made."""
+    """The renderer of a call: `shared`, `posi` and `nega` are what the units before it made."""
 
     def __init__(
         self,
-        unit: "SESUnit",
+        family: Family,
         pipe: Any,
         schedule: Schedule,
         steps: int,
@@ -28,14 +26,14 @@ class PipelineRenderer(Renderer):
         posi: dict[str, Any],
         nega: dict[str, Any],
     ) -> None:
-        self.unit, self.pipe, self.steps = unit, pipe, steps
+        self.family, self.pipe, self.steps = family, pipe, steps
         self.scheduler, self.input_latents = schedule.of_previews, schedule.input_latents
         # A ControlNet's start and end are shares of the steps.
-        self.shared = unit.for_previews(shared) | {"num_inference_steps": steps}
+        self.shared = family.for_previews(shared) | {"num_inference_steps": steps}
         self.posi, self.nega = posi, nega
         given = [part.items() for part in (self.shared, posi, nega)]
         inputs = {name: value for items in given for name, value in items if value is not None}
-        self.model_fn = unit.model_fn_together(pipe, inputs)
+        self.model_fn = family.model_fn_together(pipe, inputs)
         self.static_shapes = compilation(pipe) is not None
         self.both = None if self.model_fn is None else self._both_sides()
         self.largest_denoise = 1 if self.model_fn is None else None
@@ -43,7 +41,7 @@ class PipelineRenderer(Renderer):
 
     def prepare(self, stage: str) -> None:
         pipe = self.pipe
-        pipe.load_models_to_device(pipe.in_iteration_models if stage == "denoise" else [self.unit.decoder])
+        pipe.load_models_to_device(pipe.in_iteration_models if stage == "denoise" else [self.family.decoder])
 
     def save_memory(self) -> bool:
         """CFG's two sides no longer share a batch."""
@@ -51,7 +49,7 @@ class PipelineRenderer(Renderer):
         return shared
 
     def begin(self, noises: Tensor) -> Draft:
-        noise = self.unit.pack(noises)
+        noise = self.family.pack(noises)
         return Draft(first_latents(self.scheduler, noise, self.input_latents), 0, (noise,))
 
     def advance(self, draft: Draft, to: int) -> Draft:
@@ -65,26 +63,26 @@ class PipelineRenderer(Renderer):
         return draft._replace(latents=inputs["latents"], step=to)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.unit.decode(self.pipe, latents, self.shared)
+        return self.family.decode(self.pipe, latents, self.shared)
 
     def _both_sides(self) -> dict[str, Tensor] | None:
         """What the model takes of the prompt and of the negative one, joined: [2, ...]. None where they go apart."""
-        if not self.unit.text or self.shared["cfg_scale"] == 1 or any(map(self.shared.get, ONE_SIDED_LORAS)):
+        if not self.family.text or self.shared["cfg_scale"] == 1 or any(map(self.shared.get, ONE_SIDED_LORAS)):
             return None
-        if self.static_shapes and self.unit.grows_with_prompt is not None:
+        if self.static_shapes and self.family.grows_with_prompt is not None:
             return None  # a prompt as long as the negative one would be compiled for twice as many rows
         if getattr(self.pipe.cfg_guided_model_fn, "__qualname__", "") != "BasePipeline.cfg_guided_model_fn":
             return None  # the user's own: it may guide otherwise
         both = {}
-        for name in self.unit.takes & self.posi.keys() & self.nega.keys():
+        for name in self.family.takes & self.posi.keys() & self.nega.keys():
             a, b = self.posi[name], self.nega[name]
             if a is None or b is None:
                 if a is b:
                     continue
                 return None
-            if a.shape != b.shape or a.dtype != b.dtype or (name not in self.unit.text and not torch.equal(a, b)):
+            if a.shape != b.shape or a.dtype != b.dtype or (name not in self.family.text and not torch.equal(a, b)):
                 return None
-            both[name] = torch.cat([a, b]) if name in self.unit.text else a
+            both[name] = torch.cat([a, b]) if name in self.family.text else a
         return both
 
     def _predict(self, inputs: dict[str, Any], **others: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """The unit that an enabled pipeline of DiffSynth has last: it answers the call's request with a better noise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,27 +8,21 @@ import torch
 from torch import Tensor
 
 from .. import run
-from ..compiling import CompileClock, GrowsWithPrompt
+from ..compiling import CompileClock
 from ..request import Request
+from .family import Family
 from .renderer import PipelineRenderer, first_latents
 from .schedule import Schedule
 
 PER_CALL_LORAS = ("lora", "positive_only_lora", "negative_lora")  # arguments of the call
 
 
-class SESUnit:
-    """The last unit of an enabled pipeline. A family's class is `class Family(SESUnit, PipelineUnit)`.
+class SESUnit(Family):
+    """The last unit of an enabled pipeline. A family's class is `class Name(SESUnit, PipelineUnit)`.
 
     Without a request it does nothing, because training runs the pipeline's units too.
     """
 
-    decoder = "vae_decoder"  # the pipeline's attribute
-    model_fn: Callable[..., Tensor]  # the stock `pipe.model_fn`
-    takes: frozenset[str]  # its inputs
-    together: frozenset[str]  # those that may be given where several candidates go at once
-    text: tuple[str, ...] = ()  # those of `together` that CFG's two sides can share a batch by: [1, ...] each
-    refused: dict[str, str] = {}  # arguments of the call that SES cannot go with, and why
-    grows_with_prompt: GrowsWithPrompt | None = None
     request: Request | None = None
     schedule: Schedule
     clock: CompileClock
@@ -41,40 +35,6 @@ class SESUnit:
             input_params_posi={"prompt": "prompt"},
             output_params=("noise", "latents"),
         )
-
-    # ---- a family's own
-
-    def forward_together(self, *args: Any, **inputs: Any) -> Tensor:
-        """Predicts for n candidates as `latents` what `pipe.model_fn` does for each alone."""
-        raise NotImplementedError
-
-    def decode(
-        self,
-        pipe: Any,
-        latents: Tensor,  # [n, C, h, w]
-        shared: dict[str, Any],
-    ) -> Tensor:  # [n, 3, H, W]
-        """The decoder's output, as the pipeline's own call decodes."""
-        raise NotImplementedError
-
-    def unpack(
-        self,
-        noise: Tensor,  # [1, ...] as the pipeline has it
-        shared: dict[str, Any],
-    ) -> Tensor:  # [1, C, h, w], to search in
-        return noise
-
-    def pack(
-        self,
-        noises: Tensor,  # [n, C, h, w]
-    ) -> Tensor:  # [n, ...] as the pipeline has them
-        return noises
-
-    def for_previews(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """The call's inputs, without what only the final image may have."""
-        return shared
-
-    # ---- what all share
 
     def check(self, pipe: Any, given: dict[str, Any]) -> None:
         """Raises ValueError for what a call with SES cannot have, before any work."""
@@ -100,12 +60,6 @@ class SESUnit:
                     f"with SES, {name}= cannot go with a LoRA that is loaded already: DiffSynth clears both after the "
                     "first forward. Call pipe.clear_lora(), or load both and leave the argument out"
                 )
-
-    def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
-        """`forward_together`; None where model_fn is wrapped or takes an input that is made for one image."""
-        given = {name for name in self.takes if inputs.get(name) is not None and inputs[name] is not False}
-        stock = pipe.model_fn is self.model_fn
-        return self.forward_together if stock and given <= self.together else None
 
     @contextmanager
     def asked(self, request: Request, schedule: Schedule, clock: CompileClock, begin: float) -> Iterator[None]:
