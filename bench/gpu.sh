@@ -38,7 +38,7 @@ part() { # part NAME SECONDS COMMAND...: within what is left of the ten minutes,
 }
 
 rm -f "$out/ops.json" "$out/searches.json"
-part tests 240 "$python" -m pytest -q -p no:cacheprovider --require-gpu -m gpu tests/kernels
+part tests 240 "$python" -m pytest -q -p no:cacheprovider --require-gpu -m gpu tests/kernel_tests
 if [ "$failed" != 0 ]; then
     echo "The kernels are wrong or were not run to the end: nothing is timed."
     exit 1
@@ -54,7 +54,7 @@ else
         if [ $((limit - 25 - SECONDS)) -lt 60 ]; then echo "$tool: no time left, not run"; continue; fi
         # Without torch's own allocator, whose blocks would hide what is read beside a tensor.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$python" -m pytest -q -p no:cacheprovider --require-gpu tests/kernels \
+            "$python" -m pytest -q -p no:cacheprovider --require-gpu tests/kernel_tests \
             -k "(prime or one-number) and float32 and not six"
     done
 fi

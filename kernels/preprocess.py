@@ -78,27 +78,15 @@ def weighted(high, low, SHIFT: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def resize_normalize_kernel(
-    images,  # [n, 3, H, W], any strides
+    images,  # [n, 3, H, W]
     out,  # [n, 3, size, size]
-    columns,  # [tiles_x] the first column that each tile reads, / ALIGN
-    rows,  # [tiles_y] the first row
-    across,  # [tiles_x, 2, STEPS_X * SPAN_X, X] fp16, the limbs of the weights
-    down,  # [tiles_y, 2, Y, STEPS_Y * SPAN_Y] fp16
+    across,  # the pass over columns: (starts, limbs, tiles, tile) of `Axis`
+    down,  # the pass over rows
     scale,  # 1 / (255 std), three numbers
     offset,  # -mean / std
-    stride_n,
-    stride_c,
-    stride_y,
-    stride_x,
-    width,
-    left,  # what the crop sees: columns left ... right - 1, rows up to bottom - 1
-    right,
-    bottom,
+    strides,  # of the images, four
+    sees,  # (width, left, right, bottom): the crop sees columns left ... right - 1, rows up to bottom - 1
     size,
-    tiles_x,
-    tiles_y,
-    tile_x,  # the outputs of a tile, at most X
-    tile_y,
     WHOLE: tl.constexpr,  # Pillow's whole numbers ("crop"), or fractions ("pad")
     CUT: tl.constexpr,  # it does not see all columns
     ALIGN: tl.constexpr,  # so that the compiler knows what a tile's first column is a multiple of
@@ -111,6 +99,11 @@ def resize_normalize_kernel(
     STEPS_X: tl.constexpr,  # 1 unless the image is large: a loop of one step is none
     STEPS_Y: tl.constexpr,
 ):
+    columns, w_across, tiles_x, tile_x = across
+    rows, w_down, tiles_y, tile_y = down
+    stride_n, stride_c, stride_y, stride_x = strides
+    width, left, right, bottom = sees
+
     i = tl.program_id(0)
     i_x, i_y, i_plane = i % tiles_x, i // tiles_x % tiles_y, (i // (tiles_x * tiles_y)).to(tl.int64)
     i_n, i_c = i_plane // 3, i_plane % 3
@@ -134,14 +127,14 @@ def resize_normalize_kernel(
             b_image = tl.load(p_y + (x.to(tl.int64) * stride_x)[None, :], m, other=0.0)  # [SPAN_Y, SPAN_X]
             if CUT:  # a NaN outside would pass a weight of 0; in the mask of the load it would make that narrow
                 b_image = tl.where(((x >= left) & (x < right))[None, :], b_image, 0.0)
-            p_across = across + o_across + (k * SPAN_X + r_span_x)[:, None] * X + r_x[None, :]
+            p_across = w_across + o_across + (k * SPAN_X + r_span_x)[:, None] * X + r_x[None, :]
             w_high, w_low = tl.load(p_across), tl.load(p_across + STEPS_X * SPAN_X * X)  # [SPAN_X, X]
             b_grey = quantised(b_image)
             row_high = tl.dot(b_grey, w_high, row_high)
             row_low = tl.dot(b_grey, w_low, row_low)
         b_row = weighted(row_high, row_low, SHIFT_X, WHOLE)  # [SPAN_Y, X]
 
-        p_down = down + o_down + r_y[:, None] * (STEPS_Y * SPAN_Y) + (j * SPAN_Y + r_span_y)[None, :]
+        p_down = w_down + o_down + r_y[:, None] * (STEPS_Y * SPAN_Y) + (j * SPAN_Y + r_span_y)[None, :]
         w_high, w_low = tl.load(p_down), tl.load(p_down + Y * (STEPS_Y * SPAN_Y))  # [Y, SPAN_Y]
         if WHOLE:
             b_row = b_row.to(tl.float16)
@@ -170,12 +163,16 @@ class Axis(NamedTuple):
     """One pass, cut into tiles of `tile` outputs, padded with zero weights to `side` (16 or 32)."""
 
     starts: Tensor  # [tiles] int32, the first sample each tile reads, / align
-    limbs: Tensor  # [tiles, 2, steps * span, side] fp16: high and low
+    limbs: Tensor  # [tiles, 2, steps * span, side] fp16, high and low; of the rows [tiles, 2, side, steps * span]
     tile: int
     side: int
     span: int
     steps: int
     shift: int
+
+    def data(self) -> tuple[Tensor, Tensor, int, int]:
+        """What the kernel takes as one argument: (starts, limbs, tiles, tile)."""
+        return self.starts, self.limbs, len(self.starts), self.tile
 
 
 @lru_cache(maxsize=64)
@@ -188,41 +185,63 @@ def _axis(
     several: int = SPAN,  # the span where one step is not enough
 ) -> Axis:
     """The weights of a pass, made on the host the first time a size is seen (a captured graph needs that before)."""
-    starts, weights = _filter(resize, rule)  # [length], [length, taps]
-    length, taps = weights.shape
-    samples = starts[:, None] + torch.arange(taps, device="cpu")  # [length, taps]
+    first_samples, weights = _filter(resize, rule)  # [length], [length, taps]
+    samples = first_samples[:, None] + torch.arange(weights.shape[1], device="cpu")  # [length, taps]
     used = weights != 0  # an output that is padding uses none
-    first = samples.where(used, resize.source).amin(1)
-    stop = (samples + 1).where(used, 0).amax(1)
-
-    def cut(tile: int) -> tuple[Tensor, int]:
-        """The tiles' first samples, and how many the longest needs."""
-        base = torch.stack([part.amin() for part in first.split(tile)]).clamp_max(resize.source - 1) // align * align
-        return base, int((torch.stack([part.amax() for part in stop.split(tile)]) - base).amax())
-
-    tile = next((tile for tile in range(min(32, length), 16, -1) if cut(tile)[1] <= SPAN), min(16, length))
-    tile = math.ceil(length / math.ceil(length / tile))  # no short last tile
-    base, reach = cut(tile)
+    tile, base, reach = _tiles(samples, used, resize.source, align)
     side = 16 if tile <= 16 else 32
     span = min(SPAN, max(16, triton.next_power_of_2(reach)))
     span = span if reach <= span else several
     steps = max(1, math.ceil(reach / span))
 
-    # The high limb of a weight w (in 2^-22) has 11 bits, and its sums must stay below 2^24: with 8-bit greys, or with
-    # the 11 bits of "pad".
+    shift, *halves = _limbs(weights, rule)
+    output = torch.arange(len(weights), device="cpu")[:, None].expand_as(samples)
+    at = samples - base[output // tile]  # within the tile's own samples
+    limbs = torch.zeros(len(base), 2, steps * span, side, dtype=torch.float16, device="cpu")
+    for limb, values in enumerate(halves):
+        limbs[(output // tile)[used], limb, at[used], (output % tile)[used]] = values[used].half()
+    if transposed:
+        limbs = limbs.mT.contiguous()
+    return Axis((base // align).int().to(device), limbs.to(device), tile, side, span, steps, shift)
+
+
+def _tiles(
+    samples: Tensor,  # [length, taps] that each output reads
+    used: Tensor,  # [length, taps] bool
+    source: int,
+    align: int,
+) -> tuple[int, Tensor, int]:
+    """(outputs of a tile, the tiles' first samples [tiles], how many samples the longest needs).
+
+    The largest tile of at most 32 outputs whose samples fit one step; where more than 16 do not, 16.
+    """
+    first = samples.where(used, source).amin(1)
+    stop = (samples + 1).where(used, 0).amax(1)
+
+    def cut(tile: int) -> tuple[Tensor, int]:
+        base = torch.stack([part.amin() for part in first.split(tile)]).clamp_max(source - 1) // align * align
+        return base, int((torch.stack([part.amax() for part in stop.split(tile)]) - base).amax())
+
+    length = len(samples)
+    tile = next((tile for tile in range(min(32, length), 16, -1) if cut(tile)[1] <= SPAN), min(16, length))
+    tile = math.ceil(length / math.ceil(length / tile))  # no short last tile
+    return tile, *cut(tile)
+
+
+def _limbs(
+    weights: Tensor,  # [length, taps] fp64, in units of 2^-22
+    rule: str,
+) -> tuple[int, Tensor, Tensor]:
+    """(SHIFT, high, low): weights = 2^SHIFT high + low, each exact in fp16.
+
+    The high limb has 11 bits, and its sums must stay below 2^24: with 8-bit greys, or with the 11 bits of "pad".
+    """
     shift = max(9 if rule == "pad" else 8, math.ceil(math.log2(float(weights.abs().max()))) - 11)
     high = (weights / 2**shift).round()
     low = weights - high * 2**shift
     # `unfit` saw to it.
     assert rule == "pad" or 255 * max(high.abs().sum(1).max(), 2 * low.abs().sum(1).max()) < 2**23 - 2**17
-    output = torch.arange(length, device="cpu")[:, None].expand(length, taps)
-    at = samples - base[output // tile]
-    limbs = torch.zeros(len(base), 2, steps * span, side, dtype=torch.float16, device="cpu")
-    for limb, values in enumerate((high, low)):
-        limbs[(output // tile)[used], limb, at[used], (output % tile)[used]] = values[used].half()
-    if transposed:
-        limbs = limbs.mT.contiguous()
-    return Axis((base // align).int().to(device), limbs.to(device), tile, side, span, steps, shift)
+    return shift, high, low
 
 
 def _filter(resize: Resize, rule: str) -> tuple[Tensor, Tensor]:
@@ -234,7 +253,8 @@ def _filter(resize: Resize, rule: str) -> tuple[Tensor, Tensor]:
     first_samples, integers = pil_weights(Resize(source, target, 0, target))  # torch's bicubic has the same windows
     taps = integers.shape[1]
     starts = torch.tensor(first_samples, device="cpu")
-    # Its weights are rounded on the way: asked of itself, by unit impulses a window apart.
+    # torch is asked for its weights, by unit impulses a window apart, because it rounds the windows' centres to fp32:
+    # the exact weights are off by up to 1e-5, and its steps done again in fp32 are not equal to the bit either.
     impulses = torch.eye(taps, dtype=torch.float32, device="cpu").repeat(1, -(-source // taps))[:, None, None, :source]
     answers = F.interpolate(impulses, (1, target), mode="bicubic", antialias=True)[:, 0, 0]  # [taps, target]
     weights = answers.double().T.gather(1, (starts[:, None] + torch.arange(taps, device="cpu")) % taps) * 2**PIL_BITS
@@ -297,22 +317,13 @@ def fill_resize_normalize(
     resize_normalize_kernel[grid](
         images.detach(),
         out,
-        across.starts,
-        down.starts,
-        across.limbs,
-        down.limbs,
+        across.data(),
+        down.data(),
         tuple(1 / (255 * s) for s in std),
         tuple(-m / s for m, s in zip(mean, std, strict=True)),
-        *images.stride(),
-        width,
-        left,
-        right,
-        bottom,
+        images.stride(),
+        (width, left, right, bottom),
         size,
-        len(across.starts),
-        len(down.starts),
-        across.tile,
-        down.tile,
         WHOLE=rule == "crop",
         CUT=right - left < width,
         ALIGN=ALIGN,

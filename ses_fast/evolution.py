@@ -94,7 +94,7 @@ class SearchState:
     variance: Tensor  # [D] fp32
     elite_low: Tensor  # [K, D] fp32, the best first, K <= k_elites
     elite_scores: Tensor  # [K] fp64; -inf marks an unused slot, ignored in mean and variance
-    told: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, minus infinity if not finite
+    told: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, -inf for one not finite
     waiting: tuple[Tensor, ...]  # [n] fp64 each, as they came: the scores of the generation under way
     evaluations: int  # how many scores there are in all
     members: Mapping[str, Tensor] = field(default_factory=dict)  # [evaluations] fp64 each, raw, of combined rewards
@@ -112,7 +112,7 @@ class SearchState:
 
     @property
     def scores(self) -> Tensor:
-        """All scores in order, [evaluations] fp64; minus infinity for one that was not finite."""
+        """All scores in order, [evaluations] fp64; -inf for one that was not finite."""
         nothing = self.mean.new_empty(0, dtype=torch.float64)
         return torch.cat([nothing, *self.told, *map(_finite, self.waiting)])
 

@@ -16,6 +16,7 @@ from .operators import operator
 from .reference import (
     CLIP_MEAN,
     CLIP_STD,
+    MASK32,
     PIL_BITS,
     Elites,
     Resize,
@@ -26,7 +27,6 @@ from .reference import (
     haar_dwt2,
     haar_idwt2,
     pad_resizes,
-    philox_normal,
     pil_weights,
     quads,
     quantised,
@@ -39,6 +39,8 @@ __all__ = [
     "haar_dwt2",
     "haar_idwt2",
     "merge_low_band",
+    "philox4x32",
+    "philox_normal",
     "resize_normalize",
     "sample_population",
     "split_low_band",
@@ -61,7 +63,7 @@ def split_low_band(
     for _ in range(level):
         p, q, r, s = quads(low)
         low = (p + q + r + s) / 2
-    return low, merge_low_band(x, -low, level)
+    return low, _merged(x, -low, level, x.shape[:-2], x.dtype)
 
 
 @documented
@@ -72,11 +74,21 @@ def merge_low_band(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    lead = torch.broadcast_shapes(residual.shape[:-2], low.shape[:-2])
+    return _merged(residual, low, level, lead, dtype or residual.dtype)
+
+
+def _merged(
+    residual: Tensor,  # [..., H, W]
+    low: Tensor,  # [..., h, w]
+    level: int,
+    lead: Sequence[int],  # the leading dimensions, broadcast: a fifth of a small population's time to find out
+    dtype: torch.dtype,
+) -> Tensor:  # [*lead, H, W]
     """Never makes the blocks: each coefficient is added to its rows where they lie."""
     height, width = residual.shape[-2:]
     block = 1 << level
-    lead = torch.broadcast_shapes(residual.shape[:-2], low.shape[:-2])
-    out = residual.new_empty((*lead, height, width), dtype=dtype or residual.dtype)
+    out = residual.new_empty((*lead, height, width), dtype=dtype)
 
     residual, low = wide(residual), wide(low) * 2.0**-level
     # Widen the small tensor first: the large additions then run along whole rows, whatever the width.
@@ -102,6 +114,49 @@ def _add_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- noise
+
+
+@documented
+def philox4x32(
+    key: tuple[Seed, Seed],  # two 32-bit words
+    counter: tuple[Seed, Seed, Seed, Seed],  # four 32-bit words, broadcast against each other
+) -> tuple[Tensor, ...]:
+    # The two products of a round are made at once, in two lanes.
+    tensors = [word for word in (*key, *counter) if isinstance(word, Tensor)]
+    dimensions = max([0, *[word.dim() for word in tensors]])
+    device = tensors[0].device if tensors else "cpu"
+    lane = torch.arange(2, device=device).view(2, *[1] * dimensions)
+
+    def lanes(first: Seed, second: Seed) -> Tensor:
+        return first + (second - first) * lane  # by arithmetic: a captured graph takes no copies from the host
+
+    factors, steps, keys = lanes(0xD2511F53, 0xCD9E8D57), lanes(0x9E3779B9, 0xBB67AE85), lanes(*key)
+    even, odd = torch.broadcast_tensors(lanes(counter[0], counter[2]), lanes(counter[1], counter[3]))
+    rounds = torch.arange(10, device=device).view(10, *[1] * (dimensions + 1))
+    for key_of_round in (keys + steps * rounds).unbind():
+        products = (even * factors).flip(0)
+        # High bits that do not belong to a word stay in `odd` and in the keys until the mask takes them off.
+        even = (products >> 32).bitwise_xor_(odd).bitwise_xor_(key_of_round).bitwise_and_(MASK32)
+        odd = products
+    odd = odd & MASK32
+    return even[0], odd[0], even[1], odd[1]
+
+
+@documented
+def philox_normal(
+    seed: Seed,
+    generation: Seed,  # or [G, 1, 1]: several at once
+    candidates: Tensor | Sequence[int],  # [P] the candidates' numbers
+    size: int,
+) -> Tensor:
+    device = candidates.device if isinstance(candidates, Tensor) else "cpu"
+    rows = torch.as_tensor(candidates, dtype=torch.int64, device=device)[:, None]  # [P, 1]
+    quads = torch.arange(-(-size // 4), device=device)  # [Q]
+    w0, w1, w2, w3 = philox4x32((seed & MASK32, (seed >> 32) & MASK32), (quads, rows, generation, 0))
+    u = (torch.stack([w0, w2, w1, w3]).double() + 0.5) * 2**-32  # [4, ..., P, Q]
+    radius, angle = (u[:2].log() * -2).sqrt(), u[2:] * (2 * math.pi)  # [2, ..., P, Q]
+    normals = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)  # [2, ..., P, Q, 2]
+    return normals.movedim(0, -2).flatten(-3)[..., :size].float()
 
 
 @lru_cache(maxsize=16)
@@ -135,7 +190,7 @@ def sample_population(
     assert draws is not None
     low = mean + std * draws
     bands = low.view(popsize, *residual.shape[1:-2], *band_size(residual.shape[-2:], level))
-    return merge_low_band(residual, bands, level, dtype=dtype), low
+    return _merged(residual, bands, level, bands.shape[:-2], dtype or residual.dtype), low
 
 
 # ---------------------------------------------------------------- elites

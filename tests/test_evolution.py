@@ -249,6 +249,9 @@ def test_only_what_the_budget_leaves_is_drawn(monkeypatch) -> None:
     assert again.evaluations == 6 and asked == [4, 6]
     few = evolve(base(4, 8, 8), lambda z: z.mean().item(), 6, 6, 5, "db1", 2, seed=1, progress=False)
     assert again.state.history == few.state.history and torch.equal(again.latents, few.latents)
+    asked.clear()
+    evolve(base(4, 8, 8), lambda z: z.mean().item(), 6, 4, 2, "db1", 2, seed=1, progress=False)
+    assert asked == [4, 2]
 
 
 def test_a_leader_that_waits_is_drawn_without_the_rest_of_its_generation() -> None:

@@ -1,6 +1,6 @@
 """The Triton kernels without a GPU: interpreted, and compiled ahead of time. Each in a process of its own, because
-Triton reads TRITON_INTERPRET when it is imported and cannot compile under it. The tests themselves are in `kernels/`,
-the same for the interpreter and for a GPU (`pytest tests/kernels --require-gpu`).
+Triton reads TRITON_INTERPRET when it is imported and cannot compile under it. The tests themselves are in
+`kernel_tests/`, the same for the interpreter and for a GPU (`pytest tests/kernel_tests --require-gpu`).
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ def run(*arguments: object, **variables: str) -> str:
 @needs_triton
 @pytest.mark.parametrize("group", INTERPRETED)
 def test_interpreted(group):
-    path = TESTS / "kernels" / f"test_kernel_{group}.py"
+    path = TESTS / "kernel_tests" / f"test_kernel_{group}.py"
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", path, TRITON_INTERPRET="1")
     assert "skipped" not in said, said
 

@@ -39,7 +39,7 @@ def test_an_op_is_its_reference_and_a_backend(name):
     assert public.__doc__.startswith(plain.__doc__.rstrip()) and "RuntimeError" in public.__doc__
 
 
-@pytest.mark.parametrize("name", KERNEL_OF)
+@pytest.mark.parametrize("name", [*KERNEL_OF, "philox4x32", "philox_normal"])
 def test_a_fast_op_is_its_reference(name):
     fast, plain = getattr(fast_torch, name), getattr(reference, name)
     assert inspect.signature(fast) == inspect.signature(plain) and fast.__doc__ == plain.__doc__
@@ -123,6 +123,20 @@ def test_the_fast_band_and_population_are_the_formulas_to_the_bit(shape, level, 
             each.sample_population(*given, popsize=3, dtype=dtype, **numbers) for each in (fast_torch, reference)
         )
         same(ours, theirs)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["ints", "tensors"])
+@pytest.mark.parametrize("seed, generation", [(0, 0), (-5, 7), (2**63 - 1, 2**32 - 1), (-(2**63), 2**31)])
+def test_the_fast_noise_is_the_formulas_to_the_bit(seed, generation, as_tensors):
+    numbers = torch.tensor([0, 11, 2**32 - 1])
+    counter = torch.arange(70), numbers[:, None], generation, 0
+    key = seed & reference.MASK32, seed >> 32 & reference.MASK32
+    if as_tensors:
+        seed, generation, key = torch.tensor(seed), torch.tensor(generation), tuple(map(torch.tensor, key))
+    same(fast_torch.philox4x32(key, counter), reference.philox4x32(key, counter))
+    several = torch.stack([torch.as_tensor(generation), torch.tensor(3)])[:, None, None]
+    for each in (generation, several):
+        same(*([each_path.philox_normal(seed, each, numbers, 277)] for each_path in (fast_torch, reference)))
 
 
 @pytest.mark.parametrize(

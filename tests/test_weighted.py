@@ -9,6 +9,7 @@ from tiny_clip import save_tiny_clip
 
 import ses_fast
 from ses_fast import SESConfig
+from ses_fast.objective import Objective, Scored
 from ses_fast.rewards import load_reward
 from ses_fast.rewards.weighted import WeightedReward
 
@@ -140,44 +141,53 @@ def test_a_dict_of_names_loads_its_members_once(tmp_path):
 # ---- in a search
 
 
-def test_evolve_gives_whole_generations_and_keeps_the_raw_scores():
-    reward, sizes, seen = weigh(red=1.0, far_blue=0.5), [], []
+class Raw(Objective):
+    """Scores latents as images by several rewards, batch after batch, and gives the raw scores with the sum."""
 
-    class Objective:
-        whole_generations = True
-        members = property(lambda self: reward.members)
+    def __init__(self, reward, sizes=None, broken_at=None):
+        self.reward, self.sizes, self.broken_at = reward, [] if sizes is None else sizes, broken_at
 
-        def __call__(self, latents):
-            sizes.append(len(latents))
-            return reward(latents, "")
+    def score(self, candidates, generation, first, report):
+        for batch in candidates.split(3):
+            if len(self.sizes) == self.broken_at:
+                raise RuntimeError("lost")
+            self.sizes.append(len(batch))
+            raw = self.reward.raw(batch, "")
+            if not report(Scored(self.reward.combine(raw, self.reward.scale), raw)):
+                return
 
-    result = ses_fast.evolve(
-        torch.randn(1, 3, 16, 16), Objective(), 14, 4, 2, "db1", 1, batch_size=3, progress=False, seed=0,
-        on_generation=lambda result: seen.append(result.trace[-1].members),
-    )  # fmt: skip
-    assert sizes == [4, 4, 4, 2]
+
+def scaled():
+    return weigh(red=1.0, far_blue=0.5).with_scale({"red": (0.0, 0.5), "far_blue": (-5000.0, 400.0)})
+
+
+def test_an_objective_gets_generations_and_its_raw_scores_are_kept():
+    reward, sizes, seen = scaled(), [], []
+    base = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"progress": False, "on_generation": lambda result: seen.append(result.trace[-1].members)}
+    result = ses_fast.evolve(base, Raw(reward, sizes), 14, 4, 2, "db1", 1, seed=0, **options)
+    assert sizes == [3, 1, 3, 1, 3, 1, 2]
     assert [set(each.members) for each in result.trace] == [{"red", "far_blue"}] * 14
-    first = {name: torch.tensor([each.members[name] for each in result.trace[:4]]).double() for name in reward.weights}
     for each in result.trace:
         parts = [
-            weight * (each.members[name] - first[name].mean()) / first[name].std()
-            for name, weight in reward.weights.items()
+            w * (each.members[name] - reward.scale[name][0]) / reward.scale[name][1]
+            for name, w in reward.weights.items()
         ]
         assert each.score == pytest.approx(float(sum(parts)), abs=1e-4)
     assert seen == [result.trace[i].members for i in (3, 7, 11)]
+    parts = ses_fast.evolve(base, Raw(reward), 6, 4, 2, "db1", 1, seed=0, progress=False)
+    assert (
+        ses_fast.evolve(base, Raw(reward), 14, 4, 2, "db1", 1, progress=False, state=parts.state).trace == result.trace
+    )
 
 
 def test_a_broken_search_keeps_the_raw_scores():
-    class Objective:
-        def __call__(self, latents):
-            if hasattr(self, "members"):  # the second call
-                raise RuntimeError("lost")
-            self.members = {"red": torch.ones(len(latents))}
-            return red(latents, "")
-
     with pytest.raises(RuntimeError, match="lost") as caught:
-        ses_fast.evolve(torch.randn(1, 3, 16, 16), Objective(), 8, 4, 2, "db1", 1, progress=False, seed=0)
-    assert [each.members for each in caught.value.ses_result.trace] == [{"red": 1.0}]
+        ses_fast.evolve(
+            torch.randn(1, 3, 16, 16), Raw(scaled(), broken_at=2), 12, 4, 2, "db1", 1, progress=False, seed=0
+        )
+    trace = caught.value.ses_result.trace
+    assert len(trace) == 4 and all(each.members.keys() == {"red", "far_blue"} for each in trace)
 
 
 def run(objective, budget=8, **options):
@@ -252,20 +262,14 @@ def test_a_pipeline_scores_whole_generations(pipe, batch_size):
     assert sum(each.score for each in result.trace[:4]) == pytest.approx(0, abs=1e-6)
 
 
-def test_each_search_of_a_pipeline_starts_its_scale_and_a_continued_one_keeps_it(pipe):
+def test_each_search_of_a_pipeline_measures_its_scale_and_a_continued_one_keeps_it(pipe):
     reward = weigh(red=1.0, far_blue=0.5)
     whole = search(pipe, reward, 8)
-    reward.scale = {"red": (9.0, 9.0), "far_blue": (9.0, 9.0)}  # as another search has left it
-    assert [each.score for each in search(pipe, reward, 8).trace] == [each.score for each in whole.trace]
     first = search(pipe, reward, 4)
-    went_on = search(pipe, reward, 8, state=first.state)
-    assert [each.score for each in went_on.trace] == [each.score for each in whole.trace]
-    assert [each.members for each in went_on.trace] == [None] * 4 + [each.members for each in whole.trace[4:]]
-    other = weigh(red=1.0, far_blue=0.5)
-    with pytest.raises(ValueError, match="reward.scale"):
-        search(pipe, other, 8, state=first.state)
-    other.scale = reward.scale
-    assert search(pipe, other, 8, state=first.state).score == whole.score
+    went_on = search(pipe, weigh(red=1.0, far_blue=0.5), 8, state=first.state)  # the scale is the state's
+    assert went_on.trace == whole.trace
+    given = {"red": (9.0, 9.0), "far_blue": (9.0, 9.0)}
+    assert search(pipe, reward.with_scale(given), 4).trace[0].score != whole.trace[0].score  # one that is given stays
 
 
 @pytest.mark.parametrize(("popsize", "budget"), [(1, 6), (4, 1)])
@@ -294,12 +298,13 @@ def test_a_held_out_reward_scores_the_base_and_the_answer_alone(pipe, batch_size
         pipe, red, report_rewards={"blue": held_out, "red": red}, batch_size=batch_size,
         on_preview=lambda images, *_: previews.extend(images),
     )  # fmt: skip
-    assert calls == [(2, "a red fox")]
+    assert calls == [(1, "a red fox")] * 2
     best = previews[4 * result.best.generation + result.best.index]
     blue = far_blue(torch.stack([previews[0], best]), "").tolist()
     held = result.held_out
-    assert [held["blue"].base, held["blue"].answer] == pytest.approx(blue, abs=1e-2)  # of thousands
-    assert [held["red"].base, held["red"].answer] == pytest.approx([result.base_score, result.score], abs=1e-5)
+    # In 8 bits: the pictures are judged, the search's own reward judged the decoder's output.
+    assert [held["blue"].base, held["blue"].answer] == pytest.approx(blue, abs=1000 / 127.5)
+    assert [held["red"].base, held["red"].answer] == pytest.approx([result.base_score, result.score], abs=1 / 127.5)
     assert held["red"].answer > held["red"].base
     assert result.seconds["held_out"] > 0
     assert search(pipe, red).held_out == {}
@@ -318,13 +323,27 @@ def test_held_out_rewards_are_loaded_by_name_before_the_search(pipe, monkeypatch
     assert asked[0] == "hps"
 
 
-def test_a_failing_held_out_reward_keeps_what_was_found(pipe):
+def test_a_held_out_reward_that_fails_at_once_costs_no_search(pipe):
     def broken(images, prompt):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         search(pipe, red, report_rewards={"broken": broken})
-    assert pipe.ses_result.evaluations == 6
+    assert pipe.ses_result is None
+
+
+def test_one_that_fails_on_the_answer_keeps_what_was_found(pipe):
+    calls = []
+
+    def breaks(images, prompt):
+        calls.append(prompt)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return red(images, prompt)
+
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        search(pipe, red, report_rewards={"breaks": breaks})
+    assert pipe.ses_result.evaluations == 6 and caught.value.ses_result is pipe.ses_result
 
 
 @pytest.mark.parametrize(

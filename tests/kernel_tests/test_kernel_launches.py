@@ -1,6 +1,6 @@
 """What only a GPU shows: launches, captured graphs, whole searches, Inductor.
 
-`pytest tests/kernels --require-gpu`. Every call asks for `backend="triton"` by name.
+`pytest tests/kernel_tests --require-gpu`. Every call asks for `backend="triton"` by name.
 """
 
 import pytest
