@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ses_fast.operators import operator
+from ses_fast.custom_op import operator
 from ses_fast.reference import Elites, documented
 
 POOL = 128  # scores at most: each is compared with each in registers

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ses_fast import reference
-from ses_fast.operators import operator
+from ses_fast.custom_op import operator
 from ses_fast.reference import band_size, documented
 
 from .population import fill_population

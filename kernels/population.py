@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ses_fast.operators import operator
+from ses_fast.custom_op import operator
 from ses_fast.reference import Seed, documented
 
 from .philox import normal, number

@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -261,56 +261,6 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if operator.index(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return operator.index(value)
-
-
-def check_saved(
-    state: Mapping[str, Any],
-    popsize: int,
-    k_elites: int,
-    size: int,  # D
-) -> torch.Generator | None:
-    """The saved generator, where there is one. ValueError for entries that no search of `size` coefficients has."""
-    scores = state["scores"]
-    count = scores.numel() if isinstance(scores, Tensor) else 0
-    elites = min(k_elites, count // popsize * popsize)
-    shapes: dict[str, tuple[int, ...]] = {"scores": (count,), "mean": (size,), "variance": (size,)}
-    shapes |= {"elite_low": (elites, size), "elite_scores": (elites,)}
-    for name, shape in shapes.items():
-        value, dtype = state[name], torch.float64 if "scores" in name else torch.float32
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the search state's {name} must be {dtype} of shape {shape}; got {got}")
-        possible = ~value.isnan() if "scores" in name else value.isfinite()
-        if not possible.all() or (name == "variance" and (value < 0).any()):
-            raise ValueError(f"the search state's {name} holds what no search makes")
-    if not isinstance(state["include_base"], bool):
-        raise ValueError(f"the search state's include_base must be True or False, got {state['include_base']!r}")
-    if (state["seed"] is None) != ("generator_state" in state):
-        raise ValueError("the search state must have either a seed or a generator_state")
-    if state["seed"] is not None:
-        check_noise(state["seed"], None)
-        return None
-    generator = torch.Generator("cpu")
-    try:
-        generator.set_state(state["generator_state"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"the search state's generator_state is none of a torch.Generator: {error}") from error
-    return generator
-
-
-def check_members(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The raw scores of combined rewards. ValueError where they do not fit the scores, or `about` is no dict."""
-    names, count = state["members"], len(state["scores"])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"the search state's members must be a list of different names, got {names!r}")
-    if not isinstance(state["about"], Mapping):
-        raise ValueError(f"the search state's about must be a dict, got {type(state['about']).__name__}")
-    scores = state.get("member_scores")
-    if not names and scores is None:
-        return {}
-    if not isinstance(scores, Tensor) or scores.dtype != torch.float64 or scores.shape != (len(names), count):
-        raise ValueError(f"the search state's member_scores must be torch.float64 of shape {(len(names), count)}")
-    return dict(zip(names, scores, strict=True))
 
 
 def check_options(*, time_limit: Any = None, **callbacks: Any) -> None:

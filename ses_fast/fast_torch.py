@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import operator
+from .custom_op import operator
 from .reference import (
     CLIP_MEAN,
     CLIP_STD,

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .checks import check_options, whole_number
 from .cpu import keep_memory
-from .evolution import EvolutionConfig, SearchState, ask, continued, start, tell
+from .evolution import EvolutionConfig, SearchState, ask, start, tell
 from .objective import FunctionObjective, Objective
 from .recorder import STAGES, Recorder
 from .result import SearchResult
+from .state import continued
 from .stopwatch import Stopwatch
 
 

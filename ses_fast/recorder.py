@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import warn
-from .evolution import SearchState, leader, tell
+from .evolution import leader, tell
 from .objective import Objective, Scored
 from .result import SearchResult, result_of
+from .state import SearchState
 from .stopwatch import Stopwatch, device_clock
 
 STAGES = ("start", "ask", "objective", "tell", "other")
@@ -42,8 +43,8 @@ class Recorder:
         self.begin = stopwatch.last
         self.stopped = "budget"
         self.low: Tensor | None = None  # [P, D] of the current generation
-        self.waiting: list[Scored] = []  # reported, and not yet in the state
-        self.counted = state.evaluations  # the waiting ones included
+        self.reported: list[Scored] = []  # and not yet in the state
+        self.counted = state.evaluations  # the reported ones included
         self.watch = _Watch(state.evaluations, state.config.popsize)
         self.bar = tqdm(total=budget, initial=self.counted, desc="SES", unit="img", disable=not progress)
 
@@ -75,7 +76,7 @@ class Recorder:
     def take(self, scored: Scored) -> bool:
         """Takes scores from the objective (its `Report`); False when the time is over."""
         self.stopwatch.lap("objective")
-        self.waiting.append(scored)
+        self.reported.append(scored)
         n = scored.scores.numel()
         self.counted += n
         self.bar.update(n)
@@ -88,8 +89,8 @@ class Recorder:
 
     def scores(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What was taken since the last call, in order: ([n], the members' raw scores [n] each)."""
-        waiting, self.waiting = self.waiting, []
-        return _joined(waiting)
+        reported, self.reported = self.reported, []
+        return _joined(reported)
 
     def told(self, state: SearchState) -> None:
         """The state has learnt the scores: the books are brought up to date, and `on_generation` is called."""
@@ -127,7 +128,7 @@ class Recorder:
 
     def _attach(self, error: BaseException) -> None:
         """Puts the result so far at error.ses_result."""
-        if self.waiting and self.low is not None:
+        if self.reported and self.low is not None:
             scores, members = self.scores()
             about = self.objective.about
             self.state = tell(self.state, self.low, scores, members=members, about=about, backend=self.backend)
@@ -135,10 +136,10 @@ class Recorder:
         object.__setattr__(error, "ses_result", self._result("error"))
 
 
-def _joined(waiting: list[Scored]) -> tuple[Tensor, dict[str, Tensor]]:
-    names: Mapping[str, Tensor] = waiting[0].members if waiting else {}
-    members = {name: torch.cat([each.members[name] for each in waiting]) for name in names}
-    return torch.cat([each.scores for each in waiting]), members
+def _joined(reported: list[Scored]) -> tuple[Tensor, dict[str, Tensor]]:
+    names: Mapping[str, Tensor] = reported[0].members if reported else {}
+    members = {name: torch.cat([each.members[name] for each in reported]) for name in names}
+    return torch.cat([each.scores for each in reported]), members
 
 
 class _Watch:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .errors import missing_extra
-from .evolution import SearchState, leader
+from .evolution import leader
 from .files import write_whole
+from .state import SearchState
 
 RESULT_FORMAT = 2  # raised when `SearchResult.load` would no longer read an old file
 STOPPED = ("budget", "time_limit", "error", "running")  # "running": in on_generation

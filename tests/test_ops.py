@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import ses_fast
 from ses_fast import fast_torch, ops, reference, spectral
-from ses_fast.operators import operator
+from ses_fast.custom_op import operator
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_base, check_noise, check_options, whole_number
-from ..evolution import EvolutionConfig, SearchState, check_state
 from ..result import SearchResult
+from ..state import EvolutionConfig, SearchState, check_state
 
 # Fields that belong to one call: compared by identity, and printed in a word.
 CARRIED = ("generator", "on_generation", "on_preview", "state", "latents", "report_rewards")

@@ -1,4 +1,7 @@
-"""The search's objective: from noises to cheap images to scores."""
+"""The search's objective: from noises to previews to scores.
+
+A preview is a candidate's image made cheaply: denoised in `ses_inference_steps` steps, and decoded.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any

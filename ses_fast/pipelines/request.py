@@ -122,7 +122,7 @@ def _fact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_fact(each) for each in value]
     if isinstance(value, Tensor):
-        return _digest(str(value.dtype), str(tuple(value.shape)), value.detach().cpu().contiguous().view(torch.uint8))
+        return _digest(str(value.dtype), str(tuple(value.shape)), value.detach().cpu().flatten().view(torch.uint8))
     if hasattr(value, "tobytes"):  # a PIL picture, a NumPy array or number
         return _digest(type(value).__name__, str(getattr(value, "size", "")), value.tobytes())
     return f"{type(value).__module__}.{type(value).__qualname__}"

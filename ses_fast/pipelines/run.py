@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import warn
 from ..loop import evolve
-from ..result import SearchResult
+from ..result import HeldOut, SearchResult
 from ..rewards.weighted import WeightedReward
 from ..scores import as_scores
 from .batching import Batches, first_size
@@ -100,6 +101,46 @@ def search(
             seconds["other"] += rest
             seconds.update(prompt=before, compile=clock.compiling, **spent)
             seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+
+
+def answer(
+    request: Request,
+    clock: CompileClock,
+    *,
+    stock: Callable[[], Any],
+    render: Callable[[Request, float], tuple[Any, SearchResult | None]],
+    as_tensor: Callable[[Any], Tensor],
+) -> tuple[Any, SearchResult | None]:
+    """(the call's image, the result of its search; None where the request's latents were rendered without one).
+
+    stock: makes the image without a search. render: makes the request's image; it gets the time, by `clock`, when
+    that began. as_tensor: an image of the library as [1, 3, H, W] in [-1, 1], for the held-out rewards.
+    """
+    begin = clock()
+    of_base: dict[str, float] = {}
+    if request.held_out:  # first, so that a reward that fails does so before the search is paid
+        base = stock() if request.base is None else render(replace(request, latents=request.base), begin)[0]
+        of_base = judge(request.held_out, as_tensor(base), request.prompt)
+    judged = clock()
+    image, result = render(request, judged)
+    rendered = clock()
+    if result is None:
+        return image, None
+    seconds = result.seconds
+    seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
+    if request.held_out:
+        of_answer = of_base
+        if result.latents is None or not torch.equal(result.latents, result.state.base):
+            try:
+                of_answer = judge(request.held_out, as_tensor(image), request.prompt)
+            except BaseException as error:
+                object.__setattr__(error, "ses_result", result)
+                raise
+        result = replace(result, held_out={name: HeldOut(of_base[name], of_answer[name]) for name in request.held_out})
+        seconds["held_out"] = judged - begin + clock() - rendered
+    seconds["compile"] = clock.compiling
+    seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+    return image, result
 
 
 def judge(

@@ -8,18 +8,17 @@ So the prompt is encoded once, and the final image comes from the stock code. Im
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...result import HeldOut, SearchResult
+from ...result import SearchResult
 from ..compiling import NOTE, CompileClock, undo_compilation
 from ..config import SESConfig
 from ..request import Request, facts, make_request
-from ..run import judge
+from ..run import answer
 from .schedule import Schedule
 from .unit import PER_CALL_LORAS, SESUnit
 
@@ -94,16 +93,16 @@ class SESPipeline:
 
         with CompileClock(self.device) as clock:
             try:
-                return self._ses_search(unit, request, clock, functools.partial(call, *args, **kwargs))
+                return self._ses_image(unit, request, clock, functools.partial(call, *args, **kwargs))
             except BaseException as error:
                 self.ses_result = getattr(error, "ses_result", self.ses_result)
                 self._ses_tidy(error, given)
                 raise
 
-    def _ses_search(self: Any, unit: SESUnit, request: Request, clock: CompileClock, call: Callable[[], Any]) -> Any:
+    def _ses_image(self: Any, unit: SESUnit, request: Request, clock: CompileClock, call: Callable[[], Any]) -> Any:
         """The image of the stock call with the request's noise; leaves the result at ses_result."""
 
-        def answered(request: Request, begin: float) -> Any:
+        def render(request: Request, begin: float) -> tuple[Any, SearchResult | None]:
             schedule = Schedule(self.scheduler, request.steps, needed=request.latents is None)
             with unit.asked(request, schedule, clock, begin), schedule:
                 image = call()
@@ -112,34 +111,10 @@ class SESPipeline:
                     f"the call of {type(self).__name__} does not run pipe.units, so SES has searched nothing: enable a "
                     "pipeline whose call makes its image as DiffSynth's own does"
                 )
-            return image
+            return image, self.ses_result
 
-        begin = clock()
-        of_base: dict[str, float] = {}
-        if request.held_out:  # first, so that a reward that fails does so before the search is paid
-            base = call() if request.base is None else answered(replace(request, latents=request.base), begin)
-            of_base = judge(request.held_out, _as_tensor(base, self.device), request.prompt)
-        judged = clock()
-        image = answered(request, judged)
-        rendered = clock()
-        if self.ses_result is None:  # given latents
-            return image
-        result: SearchResult = self.ses_result
-        seconds = result.seconds
-        seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
-        if request.held_out:
-            of_answer = of_base
-            if result.latents is None or not torch.equal(result.latents, result.state.base):
-                try:
-                    of_answer = judge(request.held_out, _as_tensor(image, self.device), request.prompt)
-                except BaseException as error:
-                    object.__setattr__(error, "ses_result", result)
-                    raise
-            held_out = {name: HeldOut(of_base[name], of_answer[name]) for name in request.held_out}
-            self.ses_result = replace(result, held_out=held_out)
-            seconds["held_out"] = judged - begin + clock() - rendered
-        seconds["compile"] = clock.compiling
-        seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+        as_tensor = functools.partial(_as_tensor, device=self.device)
+        image, self.ses_result = answer(request, clock, stock=call, render=render, as_tensor=as_tensor)
         return image
 
     def _ses_tidy(self: Any, error: BaseException, given: dict[str, Any]) -> None:
