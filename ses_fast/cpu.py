@@ -28,7 +28,7 @@ def fast_linears(model: nn.Module, when: bool = True) -> Iterator[None]:
     """
     user, before, layers = object(), _thread.fast, []
     if when and torch.backends.mkldnn.enabled and _both_libraries():
-        layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, _Linear) and _suits(layer)]
+        layers = [layer for layer in model.modules() if _suits(layer)]
     try:
         _take(layers, user)
         _thread.fast = bool(layers)
@@ -65,8 +65,8 @@ def _give_back(layers: Sequence[nn.Module], user: object) -> None:
             users = _users.get(layer, set())
             users.discard(user)
             if not users:
-                if type(layer) is _Linear:  # whoever gave it another class meanwhile keeps it
-                    layer.__class__ = nn.Linear
+                if type(layer) is _Linear:  # a class that it was given meanwhile stays
+                    layer.__class__ = nn.Linear  # type: ignore[assignment]
                 _users.pop(layer, None)
 
 
@@ -94,8 +94,10 @@ class _Linear(nn.Linear):
         return make, (nn.Linear, *of[1:]), *state  # a copy made inside: nothing would turn it back later
 
 
-def _suits(layer: nn.Linear) -> bool:
-    """Whether its weights are plain ones: not sparse, nor of a class of their own (quantised, distributed)."""
+def _suits(layer: nn.Module) -> bool:
+    """Whether it is a `nn.Linear` with plain weights: not sparse, nor of a class of their own (quantised)."""
+    if type(layer) not in (nn.Linear, _Linear):
+        return False
     weights = [each for each in (layer.weight, layer.bias) if each is not None]
     return all(
         type(each) is nn.Parameter and each.layout == torch.strided and _on_cpu_in_fp32(each) for each in weights

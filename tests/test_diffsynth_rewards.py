@@ -171,6 +171,13 @@ def test_a_prompt_matters_to_image_reward_alone(metric_and_load):
     assert torch.equal(reward(images, PROMPT), reward(images, "a ring")) == isinstance(reward, AestheticReward)
 
 
+def test_a_prompt_that_is_cut_is_warned_of(tmp_path):
+    reward = ImageRewardReward(image_reward(tmp_path).model, device="cpu")
+    with pytest.warns(UserWarning, match="reads 35 tokens and the prompt has 42: it ignores ', red RINGS, red RINGS,'"):
+        reward(make_images(64, 64), "red " * 31 + "red RINGS, " * 3)
+    assert reward.dropped("red " * 33) == (35, 35, "")
+
+
 def test_aesthetic_weights_that_do_not_fill_the_model_are_refused(tmp_path):
     metric = aesthetic(tmp_path, **TOWER, image_size=64, patch_size=16, projection_dim=32)
     state = {key: value for key, value in as_published(metric).items() if key != "layers.4.bias"}

@@ -109,6 +109,13 @@ def test_equals_the_authors_package_for_prompts(img_score, checkpoint, prompt):
     torch.testing.assert_close(scores, expected, atol=TOLERANCE["stock"], rtol=0)
 
 
+def test_a_prompt_that_is_cut_is_warned_of(checkpoint):
+    reward = HPSReward.from_file(checkpoint, "hps-small", device="cpu")
+    with pytest.warns(UserWarning, match="reads 77 tokens and the prompt has 80: it ignores 'cat cat dog'"):
+        reward(make_images(64, 64), "cat " * 77 + "dog")
+    assert reward.dropped("cat " * 75) == (77, 77, "")
+
+
 def test_safetensors_score_as_the_checkpoint_does(checkpoint, tmp_path):
     """The copy on ModelScope has the same keys in a safetensors file."""
     save_file(torch.load(checkpoint, weights_only=True)["state_dict"], tmp_path / "model.safetensors")

@@ -1,11 +1,16 @@
 """The rewards against the code that their authors publish."""
 
+import copy
 import json
 import math
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -14,7 +19,7 @@ from scipy.stats import spearmanr
 from tiny_clip import PILImageProcessor, byte_tokenizer, save_tiny_clip, tiny_clip, transformers
 
 import ses_fast
-from ses_fast.rewards import REWARDS
+from ses_fast.rewards import REWARDS, known_name
 from ses_fast.rewards.clip import VIT_H_14, CLIPReward, read_preprocessing
 
 TOLERANCE = {"stock": 1e-4, "batch": 1e-4}
@@ -301,6 +306,256 @@ def test_a_modelscope_copy_without_network_says_what_to_do(offline, monkeypatch,
         ses_fast.load_reward(name, weights, "cpu")
     for part in (name, "DiffSynth-Studio/ImageMetrics", str(tmp_path), "weights=", "DIFFSYNTH_SKIP_DOWNLOAD"):
         assert part in str(caught.value)
+
+
+# ---- a score is a function of its arguments
+
+
+def test_a_relative_folder_counts_by_its_real_path(monkeypatch, tmp_path):
+    images = make_images(64, 64)
+    load = ses_fast.load_reward
+    for seed, place in enumerate("xy"):
+        save_tiny_clip(tmp_path / place / "w", seed=seed)
+    (tmp_path / "link").symlink_to(tmp_path / "x/w")
+    monkeypatch.chdir(tmp_path / "x")
+    first = load("clip", "w", "cpu")
+    monkeypatch.chdir(tmp_path / "y")
+    assert_stock(load("clip", "w", "cpu")(images, PROMPT), tmp_path / "y/w", images, PROMPT)
+    assert load("clip", "../x/w", "cpu") is load("clip", tmp_path / "link", "cpu") is first
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("clip", "~/x/w", "cpu") is first
+
+
+def test_a_modelscope_copy_counts_by_its_real_path(offline, monkeypatch, tmp_path):
+    images = make_images(64, 64)
+    monkeypatch.delenv("DIFFSYNTH_MODEL_BASE_PATH", raising=False)
+    for seed, place in enumerate("xy"):
+        folder = save_tiny_clip(tmp_path / place / "models/DiffSynth-Studio/ImageMetrics/PickScore", seed=seed)
+        monkeypatch.chdir(tmp_path / place)
+        assert_stock(ses_fast.load_reward("pick", "modelscope", "cpu")(images, PROMPT), folder, images, PROMPT)
+
+
+@pytest.mark.parametrize("when", ["the prompt is first read", "it scores"])
+def test_autocast_changes_no_score(folder, when):
+    reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64)
+    expected = reward(images, PROMPT)
+    reward(images, "another")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = reward(images, PROMPT)
+    assert torch.equal(reward(images, PROMPT) if when == "the prompt is first read" else found, expected)
+    assert found.dtype == torch.float32
+
+
+def test_autocast_changes_no_encoding(folder):
+    reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reward(images, PROMPT)
+    kept = reward._encoded[1]
+    reward(images, "another"), reward(images, PROMPT)
+    assert torch.equal(reward._encoded[1], kept)
+
+
+@pytest.mark.parametrize("change", ["device", "dtype"])
+@pytest.mark.parametrize("when", ["loaded", "scored"])
+def test_torch_s_defaults_change_no_score(folder, change, when):
+    images, load = make_images(64, 64), lambda: ses_fast.load_reward("clip", folder, "cpu")
+    expected = load()(images, PROMPT)
+    if when == "loaded":
+        ses_fast.unload_rewards()
+    reward = load() if when == "scored" else None
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta") if change == "device" else torch.set_default_dtype(torch.float64)
+        found = [(reward or load())(images, prompt) for prompt in ("another", PROMPT)][1]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
+def test_threads_with_one_reward_get_their_own_prompts(folder):
+    reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64)
+    prompts = [f"prompt number {i}" for i in range(4)]
+    expected = [reward(images, prompt) for prompt in prompts]
+    start = threading.Barrier(4)
+
+    def go(i):
+        start.wait()
+        return all(torch.equal(reward(images, prompts[i]), expected[i]) for _ in range(15))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(go, range(4))) == [True] * 4
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_move_waits_until_nothing_is_scored(folder):
+    reward, images = CLIPReward.from_folder(folder, device="cpu"), make_images(64, 64)
+    expected, score = reward(images, PROMPT), reward.score
+    scoring, order = threading.Event(), []
+
+    def slow(*given):
+        scoring.set()
+        threading.Event().wait(0.2)
+        order.append("scored")
+        return score(*given)
+
+    reward.score = slow
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(reward, images, PROMPT)
+        scoring.wait()
+        reward.to("meta")
+        order.append("moved")
+    assert order == ["scored", "moved"] and torch.equal(found.result(), expected)
+
+
+def test_threads_load_a_reward_once(folder, monkeypatch):
+    start, calls, load = threading.Barrier(3), [], CLIPReward.load.__func__
+    monkeypatch.setattr(CLIPReward, "load", classmethod(lambda *given: calls.append(1) or load(*given)))
+
+    def go(_):
+        start.wait()
+        return ses_fast.load_reward("clip", folder, "cpu")
+
+    with ThreadPoolExecutor(3) as threads:
+        assert len(set(threads.map(go, range(3)))) == len(calls) == 1
+
+
+def test_a_copy_scores_alike(folder):
+    reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64)
+    assert torch.equal(copy.deepcopy(reward)(images, PROMPT), reward(images, PROMPT))
+
+
+def test_published_weights_take_their_authors_processor(folder, monkeypatch, tmp_path):
+    """PickScore's repository may hold a tokenizer and an image processor of its own: they are not what scores it."""
+    own = save_tiny_clip(tmp_path / "weights")
+    settings = {"size": 64, "crop_size": 64, "image_mean": [0.1] * 3, "image_std": [0.9] * 3}
+    for file in own.glob("*processor*"):
+        file.unlink()
+    (own / "preprocessor_config.json").write_text(json.dumps(settings))
+    ids, images = REWARDS["pick"].ids, make_images(64, 64)
+    keep_in_cache(monkeypatch, tmp_path / "cache", {ids["weights"]: own, ids["processor"]: folder})
+    published = ses_fast.load_reward("pick", device="cpu")(images, PROMPT)
+    assert_stock(published, folder, images, PROMPT)
+    local = ses_fast.load_reward("pick", own, "cpu")(images, PROMPT)  # a folder with its own has its own
+    assert (local - published).abs().max() > 0.1
+
+
+# ---- prompts that are cut
+
+
+def test_a_prompt_that_is_cut_is_warned_of_once(folder):
+    reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64)
+    prompt = "a red fox " * 10 + "IN the Snow, and then: nothing."  # a token a letter: 70 in the ten, 75 are read
+    with pytest.warns(UserWarning) as caught:
+        for each in (prompt, "a cat", prompt):
+            reward(images, each)
+    (message,) = [str(warning.message) for warning in caught]
+    assert caught[0].filename == __file__
+    length = len(reward.tokenizer(prompt).input_ids)
+    assert f"'clip' reads 77 tokens and the prompt has {length}" in message
+    assert "he Snow, and then: nothing." in message and "fox" not in message
+    with pytest.warns(UserWarning, match="' ... "):  # of a long one its beginning and its end
+        reward(images, "many words " * 60)
+
+
+@pytest.mark.parametrize("letters", [75, 76])
+def test_a_prompt_of_the_last_length_that_is_read_is_not_warned_of(folder, letters):
+    reward = ses_fast.load_reward("clip", folder, "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reward(make_images(64, 64), "x" * letters)
+    assert [str(each.message).endswith("it ignores 'x'") for each in caught] == [True] * (letters == 76)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("pickscore", "pick"), ("PickScore_v1", "pick"), ("Pick", "pick"), ("HPSv2", "hps"), ("HPSv2.1", "hps_v2.1"),
+        ("hpsv2.0", "hps_v2.0"), ("ImageReward", "image_reward"), ("THUDM/ImageReward", "image_reward"),
+        ("CLIP-ViT-H-14-laion2B", "clip"), ("asthetic", "aesthetic"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_suggests_the_nearest(given, nearest):
+    with pytest.raises(ValueError, match=f"unknown reward '{given}': did you mean '{nearest}'.*The known ones are"):
+        ses_fast.load_reward(given)
+
+
+def test_a_name_like_no_other_suggests_none():
+    with pytest.raises(ValueError, match="unknown reward 'zzz'. The known ones"):
+        ses_fast.load_reward("zzz")
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "name"),
+    [
+        ("yuvalkirstain/PickScore_v1", "pick"), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "clip"),
+    ],
+)  # fmt: skip
+def test_a_published_id_is_a_name(folder, hub_id, name):
+    assert ses_fast.load_reward(hub_id, folder, "cpu") is ses_fast.load_reward(name, folder, "cpu")
+    mixed = ses_fast.load_reward({hub_id: 1.0}, {hub_id: folder}, "cpu")
+    assert mixed.rewards == {hub_id: ses_fast.load_reward(name, folder, "cpu")}
+    assert ses_fast.load_reward(name, folder, "cpu").name == name
+
+
+def test_hps_s_id_is_its_version_2_1():
+    assert known_name("xswu/HPSv2") == "hps" and REWARDS["hps"] is REWARDS["hps_v2.1"]
+
+
+# ---- scorers of PIL images
+
+
+def grey_levels(pictures, prompt):
+    return [float(np.asarray(each, dtype=np.float64).mean()) + len(prompt) for each in pictures]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_pil_makes_the_pipeline_s_own_pictures(dtype):
+    base_pipeline = pytest.importorskip("diffsynth.diffusion.base_pipeline")
+    images, seen = make_images(20, 30, dtype), []
+    ses_fast.rewards.from_pil(lambda pictures, prompt: seen.extend(pictures) or [0.0] * len(pictures))(images, "")
+    for image, picture in zip(images, seen, strict=True):
+        expected = base_pipeline.BasePipeline.vae_output_to_image(None, image[None])
+        assert picture.mode == "RGB" and picture.size == (30, 20)
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_from_pil_scores_together_or_one_by_one():
+    images = make_images(20, 30)
+    together = ses_fast.rewards.from_pil(grey_levels)
+    alone = ses_fast.rewards.from_pil(lambda picture, prompt: grey_levels([picture], prompt)[0], batched=False)
+    assert together(images, "abc").shape == (4,) and together.name == "grey_levels"
+    assert torch.equal(together(images, "abc"), alone(images, "abc"))
+    assert together == ses_fast.rewards.from_pil(grey_levels) != alone
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_from_pil_names_the_function_that_returns_something_else(batched):
+    def odd(pictures, prompt):
+        return [1.0, 2.0, 3.0]
+
+    with pytest.raises(ValueError, match="odd.*must return"):
+        ses_fast.rewards.from_pil(odd, batched)(make_images(8, 8), "")
+    with pytest.raises(ValueError, match="a function of PIL images"):
+        ses_fast.rewards.from_pil("pick")
+    with pytest.raises(ValueError, match=r"shape \(n, 3, H, W\)"):
+        ses_fast.rewards.from_pil(grey_levels)(torch.zeros(3, 8, 8), "")
+
+
+def test_from_pil_without_pillow_names_the_extra(monkeypatch):
+    monkeypatch.setattr("ses_fast.rewards.pil.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pillow.*ses-fast\[rewards\]"):
+        ses_fast.rewards.from_pil(grey_levels)
+
+
+# ---- files that are missing or broken
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -38,80 +38,121 @@ def pixels(*scores):  # images of which `first_pixel` reads these scores
     return torch.tensor(scores)[:, None, None, None].expand(-1, 3, 2, 2)
 
 
+def scaled(reward, images, prompt=""):
+    """The reward with the scale of these images, as a search's first generation."""
+    return reward.with_scale(reward.measure(reward.raw(images, prompt)))
+
+
 def test_by_hand():
     """Scores 1, 2, 3, 6: mean 3, deviation sqrt(14 / 3). Weight 2 doubles the distance from the mean."""
     reward = weigh(first_pixel=2.0)
+    raw = reward.raw(pixels(1.0, 2.0, 3.0, 6.0), "")
+    assert raw["first_pixel"].tolist() == [1, 2, 3, 6] and raw["first_pixel"].dtype == torch.float64
+    scale = reward.measure(raw)
+    assert scale == {"first_pixel": (3.0, pytest.approx((14 / 3) ** 0.5))}
     expected = torch.tensor([-2.0, -1.0, 0.0, 3.0], dtype=torch.float64) * 2 / (14 / 3) ** 0.5
-    torch.testing.assert_close(reward(pixels(1.0, 2.0, 3.0, 6.0), ""), expected)
-    assert reward.scale == {"first_pixel": (3.0, pytest.approx((14 / 3) ** 0.5))}
-    assert reward.members["first_pixel"].tolist() == [1, 2, 3, 6]
-    torch.testing.assert_close(reward(pixels(6.0), ""), expected[3:])  # later ones by the first one's scale
-    assert reward.members["first_pixel"].tolist() == [6]
+    torch.testing.assert_close(reward.combine(raw, scale), expected)
+    torch.testing.assert_close(reward.with_scale(scale)(pixels(6.0), "any"), expected[3:])
 
 
 def test_the_unit_of_a_reward_does_not_matter():
     images = make_images(16, 16)
-    there = weigh(red=1.0, far_blue=0.5)(images, "")
+    there = scaled(weigh(red=1.0, far_blue=0.5), images)(images, "")
     near = WeightedReward({"a": red, "b": lambda i, p: i[:, 2].mean((1, 2))}, {"a": 1.0, "b": 0.5})
-    torch.testing.assert_close(there, near(images, ""), atol=1e-3, rtol=0)
+    torch.testing.assert_close(there, scaled(near, images)(images, ""), atol=1e-3, rtol=0)
 
 
-def test_a_new_search_has_a_scale_of_its_own():
-    reward = weigh(first_pixel=1.0)
-    first = reward(pixels(1.0, 2.0), "")
-    reward.restart()
-    assert torch.equal(reward(pixels(10.0, 20.0), ""), first)
-
-
-def test_another_prompt_is_another_search():
-    reward = weigh(first_pixel=1.0)
-    first = reward(pixels(1.0, 2.0), "a cat")
-    assert torch.equal(reward(pixels(10.0, 20.0), "a dog"), first)
-    assert not torch.equal(reward(pixels(1.0, 2.0), "a dog"), first)  # the scale of its own search
-    with pytest.raises(ValueError, match="batch_size=popsize"):
-        reward(pixels(1.0), "a cat")
-
-
-def test_a_scale_that_was_set_stays():
-    reward = weigh(first_pixel=1.0)
-    reward.scale = {"first_pixel": (1.0, 0.5)}
+def test_nothing_changes_after_construction():
+    weights, scale = {"first_pixel": 1.0}, {"first_pixel": (1.0, 0.5)}
+    reward = WeightedReward({"first_pixel": first_pixel}, weights, scale)
+    weights["first_pixel"], scale["first_pixel"] = 9.0, (9.0, 9.0)
+    for images in (pixels(2.0), pixels(5.0, 7.0), pixels(2.0)):
+        reward(images, "")
+        other = reward.with_scale(reward.measure(reward.raw(pixels(10.0, 20.0), "another")))
+    assert other.scale["first_pixel"][0] == 15 and other.rewards == reward.rewards and other.weights == reward.weights
+    assert reward.scale == {"first_pixel": (1.0, 0.5)}
     assert [reward(pixels(2.0), prompt).item() for prompt in ("a cat", "a dog")] == [2, 2]
-    reward.restart()
-    reward(pixels(1.0, 2.0), "a cat")
-    reward.scale = {"first_pixel": (1.0, 0.5)}  # of a saved search, after one with another prompt
-    assert reward(pixels(2.0), "a dog").item() == 2
+    with pytest.raises(AttributeError):
+        reward.scale = None
+
+
+def test_without_a_scale_the_error_says_how_to_get_one():
+    with pytest.raises(ValueError, match=r"first generation.*with_scale\(reward.measure\(.*reward.rewards"):
+        weigh(red=1.0)(pixels(1.0, 2.0), "")
 
 
 def test_a_score_that_is_not_finite_leaves_the_scale_alone():
     reward = weigh(first_pixel=1.0)
-    scores = reward(pixels(1.0, float("nan"), 3.0, float("inf")), "")
-    assert scores.isfinite().tolist() == [True, False, True, False]
-    assert reward.scale["first_pixel"] == (2.0, pytest.approx(2**0.5))
+    raw = reward.raw(pixels(1.0, float("nan"), 3.0, float("inf")), "")
+    assert reward.measure(raw) == {"first_pixel": (2.0, pytest.approx(2**0.5))}
+    assert reward.combine(raw, reward.measure(raw)).isfinite().tolist() == [True, False, True, False]
+    assert reward.combine(raw, {"first_pixel": (2.0, 0.0)}).isfinite().tolist() == [True, False, True, False]
 
 
 def test_a_reward_that_tells_nothing_apart_is_left_out_with_a_warning():
     reward, images = weigh(red=1.0, flat=5.0), make_images(16, 16)
-    with pytest.warns(UserWarning, match="'flat' does not tell the images"):
-        scores = reward(images, "")
-    torch.testing.assert_close(scores, weigh(red=1.0)(images, ""))
-    assert reward.members["flat"].tolist() == [2.5] * 4
+    with pytest.warns(UserWarning, match="'flat' does not tell the images") as caught:
+        reward = scaled(reward, images)
+    assert caught[0].filename == __file__
+    assert reward.scale["flat"] == (0.0, 0.0)
+    torch.testing.assert_close(reward(images, ""), scaled(weigh(red=1.0), images)(images, ""))
 
 
-def test_the_first_call_must_be_a_generation():
-    with pytest.raises(ValueError, match="batch_size=popsize"):
-        weigh(red=1.0)(pixels(1.0), "")
+def test_a_scale_needs_two_images():
+    reward = weigh(red=1.0)
+    with pytest.raises(ValueError, match="2 images or more"):
+        reward.measure(reward.raw(pixels(1.0), ""))
+
+
+def test_each_member_has_images_of_its_own():
+    def writes(images, prompt):
+        scores = red(images, prompt)
+        images.zero_()
+        return scores
+
+    images = make_images(16, 16)
+    before = images.clone()
+    for names in (("a", "b"), ("b", "a")):
+        members = {"a": writes, "b": red}
+        raw = WeightedReward({name: members[name] for name in names}, dict.fromkeys(names, 1.0)).raw(images, "")
+        assert torch.equal(raw["a"], raw["b"]) and torch.equal(raw["b"], red(before, "").double())
+    WeightedReward({"a": writes}, {"a": 1.0}).raw(images, "")
+    assert torch.equal(images, before)
+
+
+def test_members_may_return_a_list():
+    reward = WeightedReward({"list": lambda images, prompt: first_pixel(images, prompt).tolist()}, {"list": 1.0})
+    assert reward.raw(pixels(1.0, 2.0), "")["list"].tolist() == [1, 2]
 
 
 def test_scores_of_another_shape_name_the_reward():
     reward = WeightedReward({"odd": lambda images, prompt: torch.zeros(len(images), 1)}, {"odd": 1.0})
-    with pytest.raises(ValueError, match=r"'odd'.*\(2, 1\) for 2 images"):
-        reward(pixels(1.0, 2.0), "")
+    with pytest.raises(ValueError, match=r"'odd'.*\(2, 1\)"):
+        reward.raw(pixels(1.0, 2.0), "")
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        pytest.param(lambda r: WeightedReward({"a": red}, {"b": 1.0}), "weights must be of", id="weights"),
+        pytest.param(lambda r: r.with_scale({"blue": (0.0, 1.0)}), "scale must be of", id="another-name"),
+        pytest.param(lambda r: r.with_scale({"red": (0.0, -1.0)}), "'red' must be", id="negative"),
+        pytest.param(lambda r: r.with_scale({"red": (float("nan"), 1.0)}), "'red' must be", id="nan"),
+        pytest.param(lambda r: r.with_scale({"red": 3}), "'red' must be", id="no-pair"),
+        pytest.param(lambda r: r.with_scale([1]), "dict of names", id="no-dict"),
+        pytest.param(lambda r: r.measure({}), "scores must be of", id="no-scores"),
+        pytest.param(lambda r: r.combine({"blue": torch.ones(2)}, {"red": (0.0, 1.0)}), "scores must", id="others"),
+    ],
+)
+def test_what_belongs_to_other_rewards_is_refused(use, message):
+    with pytest.raises(ValueError, match=message):
+        use(weigh(red=1.0))
 
 
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        pytest.param({}, None, "weighed as in", id="empty"),
+        pytest.param({}, None, "weighted as in", id="empty"),
         pytest.param({"pick": "1"}, None, "'pick' must be a finite number", id="text"),
         pytest.param({"pick": 0}, None, "'pick' must be a finite number", id="zero"),
         pytest.param({"pick": float("nan")}, None, "'pick' must be a finite number", id="nan"),
@@ -134,7 +175,7 @@ def test_a_dict_of_names_loads_its_members_once(tmp_path):
     images = make_images(64, 64)
     clip, pick = (load_reward(name, folder, "cpu")(images, PROMPT).double() for name, folder in folders.items())
     expected = (clip - clip.mean()) / clip.std() + 0.5 * (pick - pick.mean()) / pick.std()
-    torch.testing.assert_close(reward(images, PROMPT), expected)
+    torch.testing.assert_close(reward.combine(raw := reward.raw(images, PROMPT), reward.measure(raw)), expected)
     ses_fast.unload_rewards()
 
 
@@ -157,12 +198,12 @@ class Raw(Objective):
                 return
 
 
-def scaled():
+def with_fixed_scale():
     return weigh(red=1.0, far_blue=0.5).with_scale({"red": (0.0, 0.5), "far_blue": (-5000.0, 400.0)})
 
 
 def test_an_objective_gets_generations_and_its_raw_scores_are_kept():
-    reward, sizes, seen = scaled(), [], []
+    reward, sizes, seen = with_fixed_scale(), [], []
     base = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     options = {"progress": False, "on_generation": lambda result: seen.append(result.trace[-1].members)}
     result = ses_fast.evolve(base, Raw(reward, sizes), 14, 4, 2, "db1", 1, seed=0, **options)
@@ -181,10 +222,23 @@ def test_an_objective_gets_generations_and_its_raw_scores_are_kept():
     )
 
 
+def test_around_evolve_as_the_docstring_shows():
+    base, unscaled = torch.randn(1, 3, 16, 16), weigh(red=1.0, far_blue=0.5)
+    reward = scaled(unscaled, torch.randn(10, 3, 16, 16))
+    result = ses_fast.evolve(
+        base, lambda latents: reward(latents, ""), 14, 4, 2, "db1", 1, batch_size=3, progress=False, seed=0
+    )
+    assert result.score == pytest.approx(reward(result.latents, "").item(), abs=1e-5)
+    again = ses_fast.evolve(  # with another search in between, and one by one
+        base, lambda latents: reward(latents, ""), 14, 4, 2, "db1", 1, progress=False, seed=0
+    )
+    assert [each.score for each in again.trace] == pytest.approx([each.score for each in result.trace], abs=1e-5)
+
+
 def test_a_broken_search_keeps_the_raw_scores():
     with pytest.raises(RuntimeError, match="lost") as caught:
         ses_fast.evolve(
-            torch.randn(1, 3, 16, 16), Raw(scaled(), broken_at=2), 12, 4, 2, "db1", 1, progress=False, seed=0
+            torch.randn(1, 3, 16, 16), Raw(with_fixed_scale(), broken_at=2), 12, 4, 2, "db1", 1, progress=False, seed=0
         )
     trace = caught.value.ses_result.trace
     assert len(trace) == 4 and all(each.members.keys() == {"red", "far_blue"} for each in trace)
@@ -270,6 +324,17 @@ def test_each_search_of_a_pipeline_measures_its_scale_and_a_continued_one_keeps_
     assert went_on.trace == whole.trace
     given = {"red": (9.0, 9.0), "far_blue": (9.0, 9.0)}
     assert search(pipe, reward.with_scale(given), 4).trace[0].score != whole.trace[0].score  # one that is given stays
+
+
+def test_a_search_that_goes_on_keeps_its_scale_whatever_was_scored_in_between(pipe):
+    reward = weigh(red=1.0, far_blue=0.5)
+    whole = search(pipe, reward, 8)
+    assert [each.score for each in search(pipe, reward, 8).trace] == [each.score for each in whole.trace]
+    first = search(pipe, reward, 4)
+    pipe("a blue owl", **CALL, enable_ses=True, ses_reward_model=reward, ses_eval_budget=4, ses_inference_steps=2)
+    for same in (reward, weigh(red=1.0, far_blue=0.5)):
+        went_on = search(pipe, same, 8, state=first.state)
+        assert [each.score for each in went_on.trace] == [each.score for each in whole.trace]
 
 
 @pytest.mark.parametrize(("popsize", "budget"), [(1, 6), (4, 1)])

@@ -78,6 +78,7 @@ class Reward:
 
     def _warn_if_cut(self, prompt: str) -> None:
         length, limit, text = self.dropped(prompt)
+        text = text.strip()
         if text and prompt not in self._cut:
             self._cut.add(prompt)
             shown = text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}"

@@ -65,7 +65,7 @@ class HPSReward(Reward):
 
     def dropped(self, prompt: str) -> tuple[int, int, str]:
         tokens, limit = self.tokenizer.encode(prompt), self.tokenizer.context_length
-        return len(tokens) + 2, limit, self.tokenizer.decode(tokens[limit - 2 :]).strip()  # 2: the start and the end
+        return len(tokens) + 2, limit, self.tokenizer.decode(tokens[limit - 2 :])  # 2: the start and the end
 
     def score(
         self,
