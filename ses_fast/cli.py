@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .files import write_whole
 
 # an optional package -> the extra that installs it
 PACKAGES = {
@@ -65,7 +66,7 @@ class Job:
 
     @staticmethod
     def of(args: argparse.Namespace) -> "Job":
-        """Raises ValueError for what no job can be, before anything is loaded."""
+        """Raises ValueError for bad arguments, before anything is loaded."""
         prompt = _checked_prompt(args.prompt)
         _known("model", args.model, MODELS)
         reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
@@ -76,7 +77,7 @@ class Job:
             _known("reward", name, {*EMBEDDED, *REWARDS})
             if name in EMBEDDED and args.model != "embedded":
                 raise ValueError(
-                    f"the reward {name!r} knows the embedded model's captions alone: name another, as pick"
+                    f"the reward {name!r} knows only the embedded model's captions: name another, for example pick"
                 )
         if reward in EMBEDDED and args.reward_weights:
             raise ValueError("--reward-weights: the embedded reward has its own weights")
@@ -85,7 +86,6 @@ class Job:
 
             check_words(prompt)
             check_size(args.height or 1, args.width or 1)
-        _check_writable(args.out)
         return Job(
             prompt=prompt,
             model=args.model,
@@ -110,16 +110,20 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """As JSON, without the folder."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "out"}
-        return plain | plain.pop("size") | plain.pop("search")
+        apart = ("out", "size", "search")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart} | (
+            self.size | self.search
+        )
 
 
 def _generate(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments of `generate` and loads what they name."""
     job = Job.of(args)
+    _check_writable(job.out)
     from . import pipelines, report  # here, so that a missing package is said before anything is loaded
 
     previews = _BestPreviews(job.budget)
+    # Without the rewards at first, so that bad settings are refused before anything is loaded.
     config = pipelines.SESConfig(**job.search, on_preview=previews)
     reward = _load_reward(job.reward, job.reward_weights)
     config = replace(config, report_rewards={name: _load_reward(name, None) for name in job.report_rewards})
@@ -166,7 +170,8 @@ def _search(job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPrevi
         ],
         "seconds": result.seconds,
     }
-    (job.out / "result.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    write_whole(job.out / "result.json", lambda file: file.write_text(text))
     print(f"base score   {result.base_score:.2f}")
     print(f"best score   {result.score:.2f}")
     for name, held in result.held_out.items():

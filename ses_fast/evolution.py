@@ -67,8 +67,8 @@ def start(
         variance=torch.ones(size, dtype=torch.float32, device=device),
         elite_low=torch.empty(0, size, dtype=torch.float32, device=device),
         elite_scores=torch.empty(0, dtype=torch.float64, device=device),
-        told=(),
-        waiting=(),
+        complete=(),
+        partial=(),
         evaluations=0,
     )
 
@@ -115,7 +115,7 @@ def tell(
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
     *,
     members: Mapping[str, Tensor] | None = None,  # [n] each: the raw scores that `scores` combines
-    about: Mapping[str, Any] | None = None,  # see `Objective.about`; None: as it was
+    fingerprint: Mapping[str, Any] | None = None,  # see `Objective.fingerprint`; None: as it was
     backend: str | None = None,
 ) -> SearchState:
     """The state with n more scores. They wait until their generation is complete, which moves the mean.
@@ -129,15 +129,16 @@ def tell(
     news: dict[str, Any] = {
         "evaluations": state.evaluations + scores.numel(),
         "members": _more_members(state, members or {}) if members or state.members else state.members,
-        "about": state.about if about is None else about,
+        "fingerprint": state.fingerprint if fingerprint is None else fingerprint,
     }
     if scores.numel() < left:
-        # A copy: the objective may use its tensor again.
-        waiting = (*state.waiting, scores.to(state.mean.device, torch.float64, copy=True))
-        return replace(state, waiting=waiting, **news)
+        # A copy, because the objective may use its tensor again.
+        finite = scores.to(state.mean.device, torch.float64).nan_to_num(*[-torch.inf] * 3)
+        partial = (*state.partial, finite)
+        return replace(state, partial=partial, **news)
 
-    if state.waiting:
-        scores = torch.cat([*state.waiting, scores.to(state.mean.device, torch.float64)])
+    if state.partial:
+        scores = torch.cat([*state.partial, scores.to(state.mean.device, torch.float64)])
     elites = ops.update_elites(
         low,
         scores.to(state.mean.device),
@@ -150,8 +151,8 @@ def tell(
     )
     return replace(
         state,
-        told=(*state.told, elites.scores),
-        waiting=(),
+        complete=(*state.complete, elites.scores),
+        partial=(),
         elite_low=elites.elite_low,
         elite_scores=elites.elite_scores,
         mean=elites.mean,

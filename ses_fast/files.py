@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Has `write` fill a temporary file beside `path`, and puts it in place once it is complete and on the disk.
 
     A link is followed, so that the file it points to is replaced. The new file has the mode of the one it replaces,
@@ -18,8 +18,8 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> 
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {target.parent}")
-    number, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
-    os.close(number)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
+    os.close(descriptor)
     temporary = Path(name)
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""From base latents to the best: `evolve` says everything, `search` is the drop-in for `ses_search`."""
+"""The search: `evolve` returns all that it found, `search` takes the place of `ses_search`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -86,9 +86,9 @@ def evolve(
         state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base, backend=backend)
     else:
         state = continued(state, base_latents, config, seed, generator, include_base)
-        objective.resume(state.about)
+        objective.resume(state.fingerprint)
     if base_latents.device.type == "cpu":
-        keep_memory()
+        keep_memory()  # previews free and take the same memory again and again
 
     recorder = Recorder(
         state,
@@ -108,7 +108,7 @@ def evolve(
             objective.score(left, state.generation, state.index, recorder.take)
             del candidates, left  # the next generation may have their memory
             scores, members = recorder.scores()
-            state = tell(state, low, scores, members=members, about=objective.about, backend=backend)
+            state = tell(state, low, scores, members=members, fingerprint=objective.fingerprint, backend=backend)
             recorder.told(state)
         return recorder.result()
 

@@ -24,17 +24,17 @@ class Objective(ABC):
     """Scores a generation, in as many batches as it likes."""
 
     @property
-    def about(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """What the scores depend on beside the candidates, as JSON: kept in the search's state."""
         return {}
 
-    def resume(self, about: Mapping[str, Any]) -> None:
-        """Takes up a search whose state says `about`. Raises ValueError where its scores are of something else."""
-        if about:
+    def resume(self, fingerprint: Mapping[str, Any]) -> None:
+        """Takes up a search whose state has `fingerprint`. Raises ValueError where its scores are of another search."""
+        if fingerprint:
+            words = ", ".join(f"{name} {value!r}" for name, value in fingerprint.items() if isinstance(value, str))
             raise ValueError(
-                "the state is of another search: its scores come from a pipeline's call "
-                f"({', '.join(f'{name} {value!r}' for name, value in about.items() if isinstance(value, str))}), and "
-                "this objective does not say what it scores. Go on with it by that call"
+                f"the state is of another search: its scores come from a pipeline's call ({words}), and this objective "
+                "does not say what it scores. Go on with it by that call"
             )
 
     @abstractmethod

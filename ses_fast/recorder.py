@@ -75,6 +75,8 @@ class Recorder:
 
     def take(self, scored: Scored) -> bool:
         """Takes scores from the objective (its `Report`); False when the time is over."""
+        if self.time_limit is not None:
+            device_clock(scored.scores.device)  # the work that is waited for here is the objective's
         self.stopwatch.lap("objective")
         self.reported.append(scored)
         n = scored.scores.numel()
@@ -83,13 +85,15 @@ class Recorder:
         if scored.why_not_finite and not self.watch.why_not_finite:
             self.watch.why_not_finite = scored.why_not_finite
         if self.time_limit is not None and self.counted < self.budget:
-            if device_clock(scored.scores.device) - self.begin >= self.time_limit:
+            if self.stopwatch.last - self.begin >= self.time_limit:
                 self.stopped = "time_limit"
         return self.stopped == "budget"
 
     def scores(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What was taken since the last call, in order: ([n], the members' raw scores [n] each)."""
         reported, self.reported = self.reported, []
+        if not reported:
+            raise ValueError("the objective reported no score for the candidates that it was given")
         return _joined(reported)
 
     def told(self, state: SearchState) -> None:
@@ -130,8 +134,10 @@ class Recorder:
         """Puts the result so far at error.ses_result."""
         if self.reported and self.low is not None:
             scores, members = self.scores()
-            about = self.objective.about
-            self.state = tell(self.state, self.low, scores, members=members, about=about, backend=self.backend)
+            fingerprint = self.objective.fingerprint
+            self.state = tell(
+                self.state, self.low, scores, members=members, fingerprint=fingerprint, backend=self.backend
+            )
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", self._result("error"))
 

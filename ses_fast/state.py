@@ -73,11 +73,13 @@ class SearchState:
     variance: Tensor  # [D] fp32
     elite_low: Tensor  # [K, D] fp32, the best first, K <= k_elites
     elite_scores: Tensor  # [K] fp64; -inf marks an unused slot, ignored in mean and variance
-    told: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, -inf for one not finite
-    waiting: tuple[Tensor, ...]  # [n] fp64 each, as they came: the scores of the generation under way
+    complete: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, -inf for one not finite
+    partial: tuple[Tensor, ...]  # [n] fp64 each: the scores of the generation under way
     evaluations: int  # how many scores there are in all
     members: Mapping[str, Tensor] = field(default_factory=dict)  # [evaluations] fp64 each, raw, of combined rewards
-    about: Mapping[str, Any] = field(default_factory=dict)  # `Objective.about`: what the scores depend on, as JSON
+    fingerprint: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # `Objective.fingerprint`: what the scores depend on, as JSON
 
     @property
     def generation(self) -> int:
@@ -93,7 +95,7 @@ class SearchState:
     def scores(self) -> Tensor:
         """All scores in order, [evaluations] fp64; -inf for one that was not finite."""
         nothing = self.mean.new_empty(0, dtype=torch.float64)
-        return torch.cat([nothing, *self.told, *map(_finite, self.waiting)])
+        return torch.cat([nothing, *self.complete, *self.partial])
 
     @cached_property
     def history(self) -> list[float]:
@@ -103,7 +105,7 @@ class SearchState:
     def to(self, device: torch.device | str) -> "SearchState":
         """The same state on another device."""
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
-        for name in ("told", "waiting"):
+        for name in ("complete", "partial"):
             moved[name] = tuple(scores.to(device) for scores in getattr(self, name))
         return replace(self, **moved)
 
@@ -112,7 +114,7 @@ class SearchState:
         state = {f.name: getattr(self.config, f.name) for f in fields(EvolutionConfig)}
         state |= {"format": STATE_FORMAT, "include_base": self.include_base, "seed": self.seed}
         state |= {name: getattr(self, name).cpu().contiguous() for name in (*_SAVED, "scores")}
-        state |= {"about": dict(self.about), "members": list(self.members)}
+        state |= {"fingerprint": dict(self.fingerprint), "members": list(self.members)}
         if self.members:
             state["member_scores"] = torch.stack(list(self.members.values()))  # [M, evaluations]
         if self.drawn is not None:
@@ -130,7 +132,7 @@ class SearchState:
                 f"not a search state of format {STATE_FORMAT}, which this version of ses_fast goes on with: its format "
                 f"is {state['format']!r}. Search again, or go on with the version that saved it"
             )
-        if missing := {*settings, *_SAVED, "scores", "include_base", "seed", "about", "members"} - state.keys():
+        if missing := {*settings, *_SAVED, "scores", "include_base", "seed", "fingerprint", "members"} - state.keys():
             raise ValueError(f"the search state lacks {', '.join(sorted(missing))}")
         config = EvolutionConfig(**{name: state[name] for name in settings})
         check_base(state["base"])
@@ -138,7 +140,7 @@ class SearchState:
         generator = _check_saved(state, config.popsize, config.k_elites, base_low.numel())
         drawn = None if generator is None else Drawn(generator, config.popsize, base_low.numel())
         generations = state["scores"].split(config.popsize)
-        complete = len(state["scores"]) // config.popsize
+        whole = len(state["scores"]) // config.popsize
         return SearchState(
             config=config,
             base_low=base_low,
@@ -146,11 +148,11 @@ class SearchState:
             include_base=state["include_base"],
             seed=state["seed"],
             drawn=drawn,
-            told=generations[:complete],
-            waiting=generations[complete:],
+            complete=generations[:whole],
+            partial=generations[whole:],
             evaluations=len(state["scores"]),
             members=_check_members(state),
-            about=state["about"],
+            fingerprint=state["fingerprint"],
             **{name: state[name] for name in _SAVED},
         )
 
@@ -229,19 +231,15 @@ def _check_saved(
 
 
 def _check_members(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The raw scores of combined rewards. ValueError where they do not fit the scores, or `about` is no dict."""
+    """The raw scores of combined rewards. ValueError where they do not fit the scores, or `fingerprint` is no dict."""
     names, count = state["members"], len(state["scores"])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError(f"the search state's members must be a list of different names, got {names!r}")
-    if not isinstance(state["about"], Mapping):
-        raise ValueError(f"the search state's about must be a dict, got {type(state['about']).__name__}")
+    if not isinstance(state["fingerprint"], Mapping):
+        raise ValueError(f"the search state's fingerprint must be a dict, got {type(state['fingerprint']).__name__}")
     scores = state.get("member_scores")
     if not names and scores is None:
         return {}
     if not isinstance(scores, Tensor) or scores.dtype != torch.float64 or scores.shape != (len(names), count):
         raise ValueError(f"the search state's member_scores must be torch.float64 of shape {(len(names), count)}")
     return dict(zip(names, scores, strict=True))
-
-
-def _finite(scores: Tensor) -> Tensor:
-    return scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)

@@ -91,6 +91,7 @@ def test_generate_writes_what_the_search_found(toy, tmp_path, capsys):
         (each.generation, each.index, each.score) for each in found.trace
     ]
     assert result["settings"]["prompt"] == PROMPT and result["settings"]["steps"] == 3
+    assert result["settings"]["popsize"] == 10 and "search" not in result["settings"]
     assert result["versions"]["torch"] == torch.__version__ and result["seconds"]["total"] > 0
 
     base = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(7)).tanh()

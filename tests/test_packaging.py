@@ -23,7 +23,7 @@ IMPORTS = {
     "__init__": {"embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
     "checks": {"reference"},
-    "cli": {"_torchvision", "embedded", "ops", "pipelines", "report", "rewards"},
+    "cli": {"_torchvision", "embedded", "files", "ops", "pipelines", "report", "rewards"},
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},

@@ -314,7 +314,7 @@ def test_the_pipeline_is_left_as_after_a_stock_call(pipe):
     pipe.scheduler.set_timesteps(9)
     search(pipe, call={"num_inference_steps": 4, "sigma_shift": 5.0})
     assert pipe.scheduler is scheduler and state() == after and pipe.units == units
-    assert pipe.units[-1].request is None
+    assert pipe.units[-1].call is None
 
 
 def test_every_setting_reaches_the_search(pipe, capsys, monkeypatch):
@@ -525,7 +525,7 @@ def test_a_failed_call_keeps_what_was_found_and_leaves_the_pipeline_clean(pipe, 
     assert pipe.ses_result.trace == complete.trace[:5] and pipe.ses_result.stopped == "error"
     seconds = dict(pipe.ses_result.seconds)
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()), rel=0.05)
-    assert loaded[-1] == [] and pipe.units[-1].request is None
+    assert loaded[-1] == [] and pipe.units[-1].call is None
     assert {k: str(v) for k, v in vars(pipe.scheduler).items()} == scheduler
     assert np.array_equal(pixels(search(pipe)[0]), pixels(whole))
 
@@ -535,7 +535,7 @@ def test_a_call_that_fails_before_the_search_has_no_result(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "vae_encoder", None)
     with pytest.raises(TypeError):
         search(pipe, call={"input_image": PHOTO})
-    assert pipe.ses_result is None and pipe.units[-1].request is None
+    assert pipe.ses_result is None and pipe.units[-1].call is None
     assert "set_timesteps" not in vars(pipe.scheduler)
 
 

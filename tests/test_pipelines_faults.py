@@ -209,7 +209,7 @@ def test_a_call_that_runs_the_stock_one_twice_is_an_error():
     with pytest.raises(ValueError, match="Twice runs its units more than once") as caught:
         call(pipe)
     assert pipe.ses_result.evaluations == 6 and caught.value.__traceback__ is not None
-    assert pipe.units[-1].request is None
+    assert pipe.units[-1].call is None
     pipe(**BASE)  # and without SES it does as before
 
 

@@ -126,7 +126,11 @@ def without(facts, name):
         pytest.param(lambda f: without(f, "state"), "its state should be a dict", id="no state"),
         pytest.param(lambda f: f | {"state": []}, "its state should be a dict", id="a list for a state"),
         pytest.param(lambda f: f | {"state": without(f["state"], "seed")}, "lacks seed", id="half a state"),
-        pytest.param(lambda f: f | {"state": f["state"] | {"about": 3}}, "about must be a dict", id="about a number"),
+        pytest.param(
+            lambda f: f | {"state": f["state"] | {"fingerprint": 3}},
+            "fingerprint must be a dict",
+            id="fingerprint a number",
+        ),
         pytest.param(lambda f: f | {"state": f["state"] | {"members": "ab"}}, "members must be a list", id="a name"),
         pytest.param(lambda f: f | {"state": f["state"] | {"popsize": "4"}}, "popsize must be a whole", id="a word"),
         pytest.param(lambda f: f | {"state": f["state"] | {"wavelet_name": []}}, "wavelet", id="a list for a wavelet"),

@@ -323,6 +323,8 @@ def test_each_search_of_a_pipeline_measures_its_scale_and_a_continued_one_keeps_
     went_on = search(pipe, weigh(red=1.0, far_blue=0.5), 8, state=first.state)  # the scale is the state's
     assert went_on.trace == whole.trace
     given = {"red": (9.0, 9.0), "far_blue": (9.0, 9.0)}
+    with pytest.raises(ValueError, match="its scale was .*, this call's is"):
+        search(pipe, reward.with_scale(given), 8, state=first.state)
     assert search(pipe, reward.with_scale(given), 4).trace[0].score != whole.trace[0].score  # one that is given stays
 
 

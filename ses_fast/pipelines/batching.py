@@ -14,11 +14,11 @@ SHARE_OF_FREE_MEMORY = 0.8  # that a batch may take
 class Batches:
     """Cuts the inputs of one stage into batches.
 
-    size: of a batch; None where the first input alone is to show how many fit into the GPU's free memory.
-    most: how many there will ever be to go together.
+    size: of a batch; None: the first input runs alone and shows how many fit into the GPU's free memory.
+    most: the largest batch that can ever be needed.
     automatic: whether the size may be halved when memory runs out.
-    filled: whether a batch of two or more that is shorter than the others is filled up with copies, which are dropped
-        again: a compiled model would be compiled once more for another size.
+    filled: whether a short batch of two or more is filled up with copies, which are dropped again, because a compiled
+        model would compile anew for another size.
     save_memory: called first when memory runs out; see `Renderer.save_memory`.
     """
 
@@ -81,7 +81,8 @@ class Batches:
 
 
 def first_size(size: int | str, most: int, device: torch.device | str, height: int, width: int) -> int | None:
-    """The size of the first batch for SESConfig's `batch_size`; None where one alone is to show what fits."""
+    """The size of the first batch for SESConfig's `batch_size`; None: the first preview runs alone and
+    shows how many fit."""
     if isinstance(size, int):
         return size
     return None if on_gpu(device) else min(most, max(1, PIXELS_ON_CPU // (height * width)))

@@ -51,10 +51,10 @@ def compile_mode(compile: bool | str) -> str | None:
 def compile_blocks(pipe: Any, grows_with_prompt: GrowsWithPrompt | None, mode: str) -> None:
     """Compiles the repeated blocks of the pipeline's models in place, as `pipe.compile_pipeline()` does.
 
-    Shapes are static but for the prompt's length: another size, and another number of previews together (with CFG it
-    may be twice as many), is compiled anew, another prompt is not. Z-Image's blocks get image and prompt as one
-    sequence: there a size is not either. Does nothing where it was done; another mode, or a model that was replaced,
-    is compiled anew. Raises ValueError where there is nothing to compile.
+    Shapes are static except for the prompt's length: another image size or another number of previews together (CFG may
+    double it) compiles anew, another prompt does not. Z-Image's blocks take image and prompt as one sequence, so there
+    another image size does not compile anew either. Does nothing where it was done; another mode, or a model that was
+    replaced, is compiled anew. Raises ValueError where there is nothing to compile.
     """
     models = [getattr(pipe, name, None) for name in getattr(pipe, "compilable_models", ())]
     done = compilation(pipe)

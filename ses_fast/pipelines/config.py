@@ -25,8 +25,8 @@ class SESConfig:
         never below 1; with `state` the state's.
     batch_size: how many previews are denoised together; they change by rounding only. Where the call's inputs
         allow no batch they go one by one, with a warning. "auto": on a GPU what fits in its free memory, halved
-        if that runs out; on a CPU up to a million pixels. With "auto", and under VRAM management, scoring,
-        on_preview and time_limit come once a generation.
+        if that runs out; on a CPU up to a million pixels. With "auto", with a sum of rewards, and under VRAM
+        management, scoring, on_preview and time_limit come once a generation.
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
     generator: a CPU torch.Generator to draw from instead, as in `evolve`.

@@ -24,7 +24,7 @@ class Previews(Objective):
 
     model: whose layers the renderer runs.
     together: how many previews are scored together; None: a whole generation.
-    about: what the scores depend on beside the noise, as JSON.
+    fingerprint: what the scores depend on beside the noise, as JSON.
     clock: seconds; a device's work is waited for.
     """
 
@@ -38,7 +38,7 @@ class Previews(Objective):
         denoising: Batches,
         decoding: Batches,
         together: int | None,
-        about: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         on_preview: Callable[[Tensor, Any, int, int], Any] | None,
         clock: Callable[[], float],
     ) -> None:
@@ -48,19 +48,19 @@ class Previews(Objective):
         self.stopwatch = Stopwatch(STAGES, clock)
         self.scale = reward.scale if isinstance(reward, WeightedReward) else None
         self.looked_for_cause = False
-        self._about = dict(about)
+        self._fingerprint = dict(fingerprint)
 
     @property
-    def about(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         if not isinstance(self.reward, WeightedReward) or self.scale is None:
-            return self._about
-        return self._about | {"scale": {name: list(pair) for name, pair in self.scale.items()}}
+            return self._fingerprint
+        return self._fingerprint | {"scale": {name: list(pair) for name, pair in self.scale.items()}}
 
-    def resume(self, about: Mapping[str, Any]) -> None:
-        if not about:
+    def resume(self, fingerprint: Mapping[str, Any]) -> None:
+        if not fingerprint:
             raise ValueError("the state is of another search: it does not say what its scores are of")
-        for name in sorted(self._about.keys() | about.keys() - {"scale"}):
-            was, now = about.get(name), self._about.get(name)
+        for name in sorted(self._fingerprint.keys() | fingerprint.keys() - {"scale"}):
+            was, now = fingerprint.get(name), self._fingerprint.get(name)
             if was != now:
                 if isinstance(was, dict) and isinstance(now, dict):
                     name, was, now = next(
@@ -70,9 +70,14 @@ class Previews(Objective):
                     )
                 raise ValueError(f"the state is of another search: its {name} was {was!r}, this call's is {now!r}")
         if isinstance(self.reward, WeightedReward):
-            if "scale" not in about:
+            if "scale" not in fingerprint:
                 raise ValueError("the state is of another search: it has no scale of its rewards")
-            self.scale = {name: (mean, deviation) for name, (mean, deviation) in about["scale"].items()}
+            scale = {name: (mean, deviation) for name, (mean, deviation) in fingerprint["scale"].items()}
+            if self.scale is not None and self.scale != scale:
+                raise ValueError(
+                    f"the state is of another search: its scale was {scale!r}, this call's is {self.scale!r}"
+                )
+            self.scale = scale
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
         for noises in candidates.split(self.together or len(candidates)):
@@ -104,8 +109,8 @@ class Previews(Objective):
             self.on_preview(images, given, generation, first)
         if not self.looked_for_cause and not (finite := scored.scores.isfinite()).all():
             self.looked_for_cause = True
-            number = int(finite.logical_not().nonzero()[0])
-            scored = scored._replace(why_not_finite=self._why_not_finite(noises[number : number + 1], scored, number))
+            index = int(finite.logical_not().nonzero()[0])
+            scored = scored._replace(why_not_finite=self._why_not_finite(noises[index : index + 1], scored, index))
         return scored
 
     def _judge(self, images: Tensor) -> tuple[Any, Scored]:
@@ -120,7 +125,7 @@ class Previews(Objective):
         scores = self.reward.combine(raw, self.scale)
         return scores.clone(), Scored(scores.to(images.device), raw)
 
-    def _why_not_finite(self, noise: Tensor, scored: Scored, number: int) -> str:
+    def _why_not_finite(self, noise: Tensor, scored: Scored, index: int) -> str:
         """Which part first gives a value that is not finite: one candidate is rendered again, step by step."""
         renderer = self.renderer
         renderer.prepare("denoise")
@@ -132,6 +137,6 @@ class Previews(Objective):
         renderer.prepare("decode")
         if not renderer.decode(draft.latents).isfinite().all():
             return "the denoiser's latents are finite, and the decoder's image is not"
-        members = [repr(name) for name, raw in scored.members.items() if not raw[number].isfinite()]
+        members = [repr(name) for name, raw in scored.members.items() if not raw[index].isfinite()]
         which = f" {', '.join(members)}" if members else ""
         return f"the image is finite, and the score of the reward{which} is not"

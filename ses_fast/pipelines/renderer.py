@@ -17,8 +17,8 @@ class Draft(NamedTuple):
 class Renderer(ABC):
     """Makes images of noises, for one prompt, size and schedule. It knows no reward and no search.
 
-    Several noises given together become the images that they become one by one, up to rounding; one noise given alone
-    becomes bit for bit the image of the pipeline's own call in `steps` steps.
+    A batch of noises gives the images that each noise gives alone, up to rounding. A single noise gives, bit for bit,
+    the image of the pipeline's own call in `steps` steps.
     """
 
     steps: int
@@ -29,13 +29,13 @@ class Renderer(ABC):
 
     @abstractmethod
     def advance(self, draft: Draft, to: int) -> Draft:
-        """The draft after step `to`, of `steps`."""
+        """The draft after `to` of the `steps` steps."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:  # [n, ...] -> [n, 3, H, W]
         """The decoder's output, which may leave [-1, 1]."""
 
-    # What some libraries have more of. The defaults are right for one that has not.
+    # Optional: the defaults suit a library without these limits.
 
     largest_denoise: int | None = None  # how many may be denoised together; None: as many as memory holds
     largest_decode: int | None = None

@@ -26,10 +26,10 @@ class Request:
     prompt: str
     budget: int
     steps: int  # of a preview
-    reward: RewardFunction | None  # None: `latents` are rendered without a search
+    reward: RewardFunction | None  # None: no search, because the budget is 0 or latents are given
     seed: int | None  # of the call's own noise
     search_seed: int | None
-    about: dict[str, Any]  # what a preview's score depends on, as JSON
+    fingerprint: dict[str, Any]  # what a preview's score depends on, as JSON
     held_out: dict[str, RewardFunction] = field(default_factory=dict)
     latents: Tensor | None = None  # [1, C, h, w], to be rendered in place of a search
     base: Tensor | None = None  # [1, C, h, w], to search from, where the call has no seed that makes it
@@ -45,13 +45,13 @@ def make_request(
     prompt: Any,
     seed: Any,
     has_own_noise: bool,
-    about: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     device: Any,
 ) -> Request:
     """Checks the documented arguments, and loads the rewards that they name.
 
     has_own_noise: whether the call was given its initial noise.
-    about: the pipeline's class and the call's other arguments, see `facts`.
+    fingerprint: the pipeline's class and the call's other arguments, see `facts`.
     Raises ValueError for bad ones, before anything is loaded.
     """
     if not isinstance(prompt, str):
@@ -72,6 +72,8 @@ def make_request(
         raise ValueError("give initial_noise= or SESConfig(latents=), not both")
     budget = whole_number("ses_eval_budget", budget, 0)
     steps = whole_number("ses_inference_steps", steps, 1)
+    # Without a seed or a noise of its own the call's noise is not the one that the state was started from.
+    from_state = config.state is not None and seed is None and not has_own_noise
     seed, search_seed = _seeds(seed, config)
     if isinstance(reward, Mapping):
         check_weights(reward)
@@ -84,8 +86,9 @@ def make_request(
         reward=None,
         seed=seed,
         search_seed=search_seed,
-        about={**about, "prompt": prompt, "reward": name_of(reward), "ses_inference_steps": steps},
+        fingerprint={**fingerprint, "prompt": prompt, "reward": name_of(reward), "ses_inference_steps": steps},
         latents=config.latents,
+        base=config.state.base if config.state is not None and from_state else None,
     )
     if searches:
         request.reward = _loaded(reward, device)

@@ -50,7 +50,7 @@ def search(
         )
     evolution = config.evolution(height, width)
     most = min(evolution.popsize, request.budget)
-    size = first_size(config.batch_size, evolution.popsize, device, height, width)
+    size = first_size(config.batch_size, most, device, height, width)
     if renderer.largest_denoise == 1 and size != 1:
         warn("the call's inputs or the pipeline's model_fn allow no batch: previews go one by one")
     batches = functools.partial(Batches, most=most, device=device, automatic=config.batch_size == "auto")
@@ -65,11 +65,11 @@ def search(
         ),
         decoding=batches(renderer.largest_decode or size),
         together=None if whole else int(config.batch_size),
-        about=request.about,
+        fingerprint=request.fingerprint,
         on_preview=config.on_preview,
         clock=clock,
     )
-    before, compiled = clock() - begin, clock.compiling
+    prompt_seconds, compiled_before = clock() - begin, clock.compiling
     result = None
     try:
         result = evolve(
@@ -97,9 +97,9 @@ def search(
         if result is not None:
             seconds, spent = result.seconds, previews.stopwatch.seconds
             # The objective's other time is on_preview's; evolve's clock goes on while dynamo compiles.
-            rest = seconds.pop("objective") - sum(spent.values()) - (clock.compiling - compiled)
+            rest = seconds.pop("objective") - sum(spent.values()) - (clock.compiling - compiled_before)
             seconds["other"] += rest
-            seconds.update(prompt=before, compile=clock.compiling, **spent)
+            seconds.update(prompt=prompt_seconds, compile=clock.compiling, **spent)
             seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
 
 
@@ -117,10 +117,10 @@ def answer(
     that began. as_tensor: an image of the library as [1, 3, H, W] in [-1, 1], for the held-out rewards.
     """
     begin = clock()
-    of_base: dict[str, float] = {}
+    base_scores: dict[str, float] = {}
     if request.held_out:  # first, so that a reward that fails does so before the search is paid
         base = stock() if request.base is None else render(replace(request, latents=request.base), begin)[0]
-        of_base = judge(request.held_out, as_tensor(base), request.prompt)
+        base_scores = judge(request.held_out, as_tensor(base), request.prompt)
     judged = clock()
     image, result = render(request, judged)
     rendered = clock()
@@ -129,14 +129,16 @@ def answer(
     seconds = result.seconds
     seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
     if request.held_out:
-        of_answer = of_base
+        answer_scores = base_scores
         if result.latents is None or not torch.equal(result.latents, result.state.base):
             try:
-                of_answer = judge(request.held_out, as_tensor(image), request.prompt)
+                answer_scores = judge(request.held_out, as_tensor(image), request.prompt)
             except BaseException as error:
                 object.__setattr__(error, "ses_result", result)
                 raise
-        result = replace(result, held_out={name: HeldOut(of_base[name], of_answer[name]) for name in request.held_out})
+        result = replace(
+            result, held_out={name: HeldOut(base_scores[name], answer_scores[name]) for name in request.held_out}
+        )
         seconds["held_out"] = judged - begin + clock() - rendered
     seconds["compile"] = clock.compiling
     seconds["total"] = sum(value for name, value in seconds.items() if name != "total")

@@ -20,7 +20,7 @@ from ..config import SESConfig
 from ..request import Request, facts, make_request
 from ..run import answer
 from .schedule import Schedule
-from .unit import PER_CALL_LORAS, SESUnit
+from .unit import PER_CALL_LORAS, Call, SESUnit
 
 # Arguments of the call that no preview depends on, or that a state holds in another form.
 NOT_OF_A_PREVIEW = {"prompt", "seed", "rand_device", "initial_noise", "num_inference_steps", "progress_bar_cmd"}
@@ -51,10 +51,10 @@ class SESPipeline:
             the best preview; more only cost time, and give a warning.
         ses_config: everything else. Without enable_ses=True these four do nothing.
 
-        Afterwards `pipe.ses_result` is the SearchResult, with seconds for prompt, ask, denoise, decode,
-        reward, tell, final, held_out where asked for, and compile (counted in no other stage). An exception
-        leaves as it came; `pipe.ses_result` is then what was found before it. Raises ValueError for bad input
-        before any work.
+        Afterwards `pipe.ses_result` is the SearchResult, with seconds for prompt, start, ask, denoise,
+        decode, reward, tell, final, held_out where asked for, compile (counted in no other stage), other, and their
+        total. An exception leaves as it came; `pipe.ses_result` is then what was found before it. Raises ValueError for
+        bad input before any work.
         """
         if not isinstance(enable_ses, bool):
             raise ValueError(f"enable_ses must be True or False, got {enable_ses!r}")
@@ -77,12 +77,9 @@ class SESPipeline:
             prompt=given.get("prompt", args[0] if args else ""),
             seed=given.get("seed"),
             has_own_noise=given.get("initial_noise") is not None,
-            about={"pipeline": self._ses_stock.__name__, "arguments": _facts_of(bound)},
+            fingerprint={"pipeline": self._ses_stock.__name__, "arguments": _facts_of(bound)},
             device=self.device,
         )
-        state = request.config.state
-        if state is not None and given.get("seed") is None and given.get("initial_noise") is None:
-            request.base = state.base  # the call has no seed that makes it
         if "seed" in bound.arguments:
             bound.arguments["seed"] = request.seed
             args, kwargs = bound.args, bound.kwargs
@@ -103,8 +100,8 @@ class SESPipeline:
         """The image of the stock call with the request's noise; leaves the result at ses_result."""
 
         def render(request: Request, begin: float) -> tuple[Any, SearchResult | None]:
-            schedule = Schedule(self.scheduler, request.steps, needed=request.latents is None)
-            with unit.asked(request, schedule, clock, begin), schedule:
+            schedule = Schedule(self.scheduler, request.steps, makes_previews=request.latents is None)
+            with unit.asked(Call(request, schedule, clock, begin)), schedule:
                 image = call()
             if not request.answered:
                 raise ValueError(

@@ -27,7 +27,7 @@ class PipelineRenderer(Renderer):
         nega: dict[str, Any],
     ) -> None:
         self.family, self.pipe, self.steps = family, pipe, steps
-        self.scheduler, self.input_latents = schedule.of_previews, schedule.input_latents
+        self.scheduler, self.input_latents = schedule.preview_scheduler, schedule.input_latents
         # A ControlNet's start and end are shares of the steps.
         self.shared = family.for_previews(shared) | {"num_inference_steps": steps}
         self.posi, self.nega = posi, nega
@@ -37,7 +37,7 @@ class PipelineRenderer(Renderer):
         self.static_shapes = compilation(pipe) is not None
         self.both = None if self.model_fn is None else self._both_sides()
         self.largest_denoise = 1 if self.model_fn is None else None
-        self.largest_decode = 1 if shared.get("tiled") else None  # tiles are for want of memory
+        self.largest_decode = 1 if shared.get("tiled") else None  # tiled decoding is chosen where memory is short
 
     def prepare(self, stage: str) -> None:
         pipe = self.pipe
@@ -45,8 +45,8 @@ class PipelineRenderer(Renderer):
 
     def save_memory(self) -> bool:
         """CFG's two sides no longer share a batch."""
-        shared, self.both = self.both is not None, None
-        return shared
+        had_both, self.both = self.both is not None, None
+        return had_both
 
     def begin(self, noises: Tensor) -> Draft:
         noise = self.family.pack(noises)

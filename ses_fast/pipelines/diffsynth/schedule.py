@@ -12,12 +12,14 @@ class Schedule:
     Previews need the same arguments with other steps. They differ between families, and some of them (Z-Image's
     sigma_shift, FLUX.1's input image) reach no later unit. The pipeline sets its timesteps once, first of all, and
     noises its input image once; from then on the scheduler is as it was.
+
+    makes_previews: False where the call renders given latents: then a schedule that does not exist is no error.
     """
 
-    def __init__(self, scheduler: Any, steps: int, needed: bool) -> None:
-        self.scheduler, self.steps, self.needed = scheduler, steps, needed
+    def __init__(self, scheduler: Any, steps: int, makes_previews: bool) -> None:
+        self.scheduler, self.steps, self.makes_previews = scheduler, steps, makes_previews
         self.final_steps = 0  # what the call gave set_timesteps
-        self.of_previews: Any = None  # a scheduler
+        self.preview_scheduler: Any = None  # a scheduler
         self.input_latents: Tensor | None = None  # what it gave add_noise; FLUX.1 hands it to no later unit
 
     def __enter__(self) -> Self:
@@ -34,10 +36,10 @@ class Schedule:
 
     def _set_timesteps(self, num_inference_steps: int, **others: Any) -> None:
         del self.scheduler.set_timesteps
-        self.final_steps, self.of_previews = num_inference_steps, copy.copy(self.scheduler)
-        vars(self.of_previews).pop("add_noise", None)
-        self.of_previews.set_timesteps(self.steps, **others)
-        if self.needed and not self.of_previews.sigmas.isfinite().all():
+        self.final_steps, self.preview_scheduler = num_inference_steps, copy.copy(self.scheduler)
+        vars(self.preview_scheduler).pop("add_noise", None)
+        self.preview_scheduler.set_timesteps(self.steps, **others)
+        if self.makes_previews and not self.preview_scheduler.sigmas.isfinite().all():
             raise ValueError(f"this pipeline has no schedule of {self.steps} steps: give more ses_inference_steps")
         self.scheduler.set_timesteps(num_inference_steps, **others)
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import run
@@ -17,16 +17,23 @@ from .schedule import Schedule
 PER_CALL_LORAS = ("lora", "positive_only_lora", "negative_lora")  # arguments of the call
 
 
+@dataclass
+class Call:
+    """A call with enable_ses=True, while the pipeline's units run."""
+
+    request: Request
+    schedule: Schedule
+    clock: CompileClock
+    begin: float  # when it began, by the clock
+
+
 class SESUnit(Family):
     """The last unit of an enabled pipeline. A family's class is `class Name(SESUnit, PipelineUnit)`.
 
     Without a request it does nothing, because training runs the pipeline's units too.
     """
 
-    request: Request | None = None
-    schedule: Schedule
-    clock: CompileClock
-    begin: float  # when the call began, by the clock
+    call: Call | None = None
 
     def __init__(self) -> None:
         super().__init__(  # type: ignore[call-arg]
@@ -62,13 +69,13 @@ class SESUnit(Family):
                 )
 
     @contextmanager
-    def asked(self, request: Request, schedule: Schedule, clock: CompileClock, begin: float) -> Iterator[None]:
-        """Holds `request` for the call inside, and forgets it afterwards whatever happens."""
-        self.request, self.schedule, self.clock, self.begin = request, schedule, clock, begin
+    def asked(self, call: Call) -> Iterator[None]:
+        """Holds the call whose units run inside, and forgets it afterwards whatever happens."""
+        self.call = call
         try:
             yield
         finally:
-            del self.request, self.schedule, self.clock, self.begin
+            self.call = None
 
     def process(
         self,
@@ -78,15 +85,15 @@ class SESUnit(Family):
         inputs_nega: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Answers the request, if there is one: puts the best noise and its latents in place."""
-        request = self.request
-        if request is None:
+        call = self.call
+        if call is None:
             return inputs_shared, inputs_posi, inputs_nega
+        request, schedule = call.request, call.schedule
         if request.answered:
             raise ValueError(
                 f"{type(pipe).__name__} runs its units more than once in one call: SES cannot say which image the call "
                 "returns. Enable a pipeline whose call makes one image"
             )
-        schedule, clock, begin = self.schedule, self.clock, self.begin
         schedule.forget_add_noise()
         base = self.unpack(inputs_shared["noise"], inputs_shared)
         if request.latents is not None:
@@ -96,7 +103,7 @@ class SESUnit(Family):
                 base = _given_noise(request.base, base)
             renderer = PipelineRenderer(self, pipe, schedule, request.steps, inputs_shared, inputs_posi, inputs_nega)
             before = dict(vars(pipe.scheduler))
-            self.request = None  # a callback may call the pipeline, and its calls are not this one
+            self.call = None  # a callback may call the pipeline, and its calls are not this one
             try:
                 pipe.ses_result = run.search(
                     renderer,
@@ -108,13 +115,13 @@ class SESUnit(Family):
                     width=inputs_shared["width"],
                     final_steps=schedule.final_steps,
                     models_take_turns=pipe.vram_management_enabled,
-                    clock=clock,
-                    begin=begin,
+                    clock=call.clock,
+                    begin=call.begin,
                 )
             finally:
                 vars(pipe.scheduler).clear()
                 vars(pipe.scheduler).update(before)
-                self.request, self.schedule, self.clock, self.begin = request, schedule, clock, begin
+                self.call = call
             best = pipe.ses_result.latents
         request.answered = True
         noise = self.pack(best)
@@ -134,4 +141,4 @@ def _given_noise(
             f"the noise of this call is {base.dtype} of shape {tuple(base.shape)}, the given one "
             f"{given.dtype} of {tuple(given.shape)}: give the height, width and pipeline it was made for"
         )
-    return torch.as_tensor(given, device=base.device)
+    return given.to(base.device)
