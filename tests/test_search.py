@@ -11,6 +11,7 @@ import torch
 import ses_fast
 from ses_fast import spectral
 from ses_fast.evolution import EvolutionConfig, SearchState, ask, start
+from ses_fast.objective import Objective as ProtocolObjective
 from ses_fast.recorder import STAGES
 from ses_fast.result import Evaluation
 
@@ -517,3 +518,19 @@ def test_equal_scores_beside_one_that_is_not_finite_are_warned_of_too() -> None:
     with pytest.warns(UserWarning, match="not finite") as caught:
         evolve(Objective([NAN, 1, 1, 2]), 4)
     assert len(caught) == 1
+
+
+# ---------------------------------------------------------------- the objective's protocol
+
+
+class Silent(ProtocolObjective):
+    """Reports nothing."""
+
+    def score(self, candidates, generation, first, report) -> None:
+        return
+
+
+def test_an_objective_that_reports_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="reported no score") as caught:
+        evolve(Silent())
+    assert caught.value.ses_result.evaluations == 0
