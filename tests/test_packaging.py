@@ -57,10 +57,11 @@ IN_PIPELINES = {
     "compiling": set(),
     "config": set(),
     "diffsynth": {"compiling", "config", "renderer", "request", "run"},
-    "previews": {"batching", "renderer"},
+    "previews": {"batching", "renderer", "scoring"},
     "renderer": set(),
     "request": {"config"},
-    "run": {"batching", "compiling", "previews", "renderer", "request"},
+    "run": {"batching", "compiling", "previews", "renderer", "request", "scoring"},
+    "scoring": set(),
 }
 MOST_LINES = 450  # of a file under ses_fast/
 LONG = {"reference.py", "embedded/train.py"}

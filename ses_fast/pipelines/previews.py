@@ -6,23 +6,20 @@ A preview is a candidate's image made cheaply: denoised in `ses_inference_steps`
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..objective import Objective, Report, Scored
-from ..rewards.weighted import WeightedReward
-from ..scores import as_scores
 from ..stopwatch import Stopwatch
 from .batching import Batches
 from .renderer import Renderer
+from .scoring import Scoring
 
 STAGES = ("denoise", "decode", "reward")
 
 
 class Previews(Objective):
-    """Renders candidates and has a reward score them.
+    """Renders candidates and has them scored.
 
-    model: whose layers the renderer runs.
     together: how many previews are scored together; None: a whole generation.
     fingerprint: what the scores depend on beside the noise, as JSON.
     clock: seconds; a device's work is waited for.
@@ -31,10 +28,8 @@ class Previews(Objective):
     def __init__(
         self,
         renderer: Renderer,
-        reward: Callable[[Tensor, str], Any],
-        prompt: str,
+        scoring: Scoring,
         *,
-        model: torch.nn.Module,
         denoising: Batches,
         decoding: Batches,
         together: int | None,
@@ -42,19 +37,16 @@ class Previews(Objective):
         on_preview: Callable[[Tensor, Any, int, int], Any] | None,
         clock: Callable[[], float],
     ) -> None:
-        self.renderer, self.reward, self.prompt, self.model = renderer, reward, prompt, model
+        self.renderer, self.scoring = renderer, scoring
         self.denoising, self.decoding, self.together = denoising, decoding, together
         self.on_preview = on_preview
         self.stopwatch = Stopwatch(STAGES, clock)
-        self.scale = reward.scale if isinstance(reward, WeightedReward) else None
         self.looked_for_cause = False
         self._fingerprint = dict(fingerprint)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        if not isinstance(self.reward, WeightedReward) or self.scale is None:
-            return self._fingerprint
-        return self._fingerprint | {"scale": {name: list(pair) for name, pair in self.scale.items()}}
+        return {**self._fingerprint, **self.scoring.fingerprint}
 
     def resume(self, fingerprint: Mapping[str, Any]) -> None:
         if not fingerprint:
@@ -69,15 +61,7 @@ class Previews(Objective):
                         if was.get(each) != now.get(each)
                     )
                 raise ValueError(f"the state is of another search: its {name} was {was!r}, this call's is {now!r}")
-        if isinstance(self.reward, WeightedReward):
-            if "scale" not in fingerprint:
-                raise ValueError("the state is of another search: it has no scale of its rewards")
-            scale = {name: (mean, deviation) for name, (mean, deviation) in fingerprint["scale"].items()}
-            if self.scale is not None and self.scale != scale:
-                raise ValueError(
-                    f"the state is of another search: its scale was {scale!r}, this call's is {self.scale!r}"
-                )
-            self.scale = scale
+        self.scoring.resume(fingerprint)
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
         for noises in candidates.split(self.together or len(candidates)):
@@ -89,10 +73,10 @@ class Previews(Objective):
         """The previews."""
         renderer, stopwatch = self.renderer, self.stopwatch
         renderer.prepare("denoise")
-        latents = self.denoising.run(self._denoise, noises, self.model)
+        latents = self.denoising.run(self._denoise, noises, renderer.model)
         stopwatch.lap("denoise")
         renderer.prepare("decode")
-        images = self.decoding.run(renderer.decode, latents, self.model)
+        images = self.decoding.run(renderer.decode, latents, renderer.model)
         stopwatch.lap("decode")
         return images.clamp(-1, 1)  # a decoder leaves the range
 
@@ -103,7 +87,7 @@ class Previews(Objective):
         self.stopwatch.restart()
         images = self.images(noises)
         shown = images if self.on_preview is None else images.clone()  # a reward may write on what it gets
-        given, scored = self._judge(shown)
+        given, scored = self.scoring.score(shown)
         self.stopwatch.lap("reward")
         if self.on_preview is not None:
             self.on_preview(images, given, generation, first)
@@ -112,18 +96,6 @@ class Previews(Objective):
             index = int(finite.logical_not().nonzero()[0])
             scored = scored._replace(why_not_finite=self._why_not_finite(noises[index : index + 1], scored, index))
         return scored
-
-    def _judge(self, images: Tensor) -> tuple[Any, Scored]:
-        """(the scores as the reward gave them, the same as the search takes them)"""
-        if not isinstance(self.reward, WeightedReward):
-            given = self.reward(images, self.prompt)
-            # A copy: what is handed to on_preview may be written on.
-            return given, Scored(as_scores(given, len(images), "the reward", images.device))
-        raw = self.reward.raw(images, self.prompt)
-        if self.scale is None:
-            self.scale = self.reward.measure(raw)
-        scores = self.reward.combine(raw, self.scale)
-        return scores.clone(), Scored(scores.to(images.device), raw)
 
     def _why_not_finite(self, noise: Tensor, scored: Scored, index: int) -> str:
         """Which part first gives a value that is not finite: one candidate is rendered again, step by step."""

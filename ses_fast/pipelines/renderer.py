@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class Draft(NamedTuple):
@@ -22,6 +23,8 @@ class Renderer(ABC):
     """
 
     steps: int
+    model: nn.Module  # holds the layers that it runs
+    device: torch.device | str
 
     @abstractmethod
     def begin(self, noises: Tensor) -> Draft:  # [n, C, h, w] of unit variance
@@ -40,6 +43,7 @@ class Renderer(ABC):
     largest_denoise: int | None = None  # how many may be denoised together; None: as many as memory holds
     largest_decode: int | None = None
     static_shapes: bool = False  # whether a batch of another size costs a compilation
+    models_take_turns: bool = False  # whether denoiser and decoder share the device's memory by turns
 
     def prepare(self, stage: str) -> None:  # noqa: B027
         """Called before a generation is brought through a stage, "denoise" or "decode": loads its models."""

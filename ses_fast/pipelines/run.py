@@ -12,13 +12,13 @@ from torch import Tensor
 from ..errors import warn
 from ..loop import evolve
 from ..result import HeldOut, SearchResult
-from ..rewards.weighted import WeightedReward
 from ..scores import as_scores
 from .batching import Batches, first_size
 from .compiling import CompileClock
 from .previews import Previews
 from .renderer import Renderer
 from .request import Request
+from .scoring import scoring_of
 
 
 def search(
@@ -26,20 +26,16 @@ def search(
     request: Request,
     base: Tensor,  # [1, C, h, w]
     *,
-    model: torch.nn.Module,
-    device: torch.device | str,
     height: int,
     width: int,
     final_steps: int,
-    models_take_turns: bool,
     clock: CompileClock,
     begin: float,
 ) -> SearchResult:
     """Searches from `base` for the noise whose preview the request's reward scores highest.
 
-    model: whose layers the renderer runs. models_take_turns: denoiser and decoder share the device's memory, so a
-    generation is denoised before it is decoded. begin: when the call began, by `clock`. Whatever is raised carries
-    the result so far as `error.ses_result`.
+    height, width: the image's, in pixels. begin: when the call began, by `clock`. Whatever is raised carries the result
+    so far as `error.ses_result`.
     """
     config = request.config
     assert request.reward is not None
@@ -50,16 +46,15 @@ def search(
         )
     evolution = config.evolution(height, width)
     most = min(evolution.popsize, request.budget)
-    size = first_size(config.batch_size, most, device, height, width)
+    size = first_size(config.batch_size, most, renderer.device, height, width)
     if renderer.largest_denoise == 1 and size != 1:
         warn("the call's inputs or the pipeline's model_fn allow no batch: previews go one by one")
-    batches = functools.partial(Batches, most=most, device=device, automatic=config.batch_size == "auto")
-    whole = config.batch_size == "auto" or models_take_turns or isinstance(request.reward, WeightedReward)
+    batches = functools.partial(Batches, most=most, device=renderer.device, automatic=config.batch_size == "auto")
+    scoring = scoring_of(request.reward, request.prompt)
+    whole = config.batch_size == "auto" or renderer.models_take_turns or scoring.whole_generations
     previews = Previews(
         renderer,
-        request.reward,
-        request.prompt,
-        model=model,
+        scoring,
         denoising=batches(
             renderer.largest_denoise or size, filled=renderer.static_shapes, save_memory=renderer.save_memory
         ),

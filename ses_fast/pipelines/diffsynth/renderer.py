@@ -27,6 +27,7 @@ class PipelineRenderer(Renderer):
         nega: dict[str, Any],
     ) -> None:
         self.family, self.pipe, self.steps = family, pipe, steps
+        self.model, self.device, self.models_take_turns = pipe, pipe.device, pipe.vram_management_enabled
         self.scheduler, self.input_latents = schedule.preview_scheduler, schedule.input_latents
         # A ControlNet's start and end are shares of the steps.
         self.shared = family.for_previews(shared) | {"num_inference_steps": steps}

@@ -109,12 +109,9 @@ class SESUnit(Family):
                     renderer,
                     request,
                     base,
-                    model=pipe,
-                    device=pipe.device,
                     height=inputs_shared["height"],
                     width=inputs_shared["width"],
                     final_steps=schedule.final_steps,
-                    models_take_turns=pipe.vram_management_enabled,
                     clock=call.clock,
                     begin=call.begin,
                 )
