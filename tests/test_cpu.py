@@ -290,6 +290,13 @@ def test_another_thread_computes_as_if_nothing_had_happened():
     assert type(layer) is nn.Linear
 
 
+@torch.no_grad()
+def test_a_layer_restored_while_a_method_runs_does_not_break_it():
+    layer, inputs = nn.Linear(256, 256), torch.randn(64, 256)  # the class of `self` is `nn.Linear` again
+    assert torch.equal(cpu._Linear.forward(layer, inputs), layer(inputs))
+    assert cpu._Linear.__reduce_ex__(layer, 4)[1] == (nn.Linear,)
+
+
 def test_threads_that_share_layers_meet_no_half_restored_one(monkeypatch):
     monkeypatch.setattr("ses_fast.cpu.LEAST_WORK", 0)
     model, inputs = nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)]), torch.randn(8, 16)

@@ -63,9 +63,10 @@ def test_the_unit_of_a_reward_does_not_matter():
 
 
 def test_nothing_changes_after_construction():
-    weights, scale = {"first_pixel": 1.0}, {"first_pixel": (1.0, 0.5)}
-    reward = WeightedReward({"first_pixel": first_pixel}, weights, scale)
-    weights["first_pixel"], scale["first_pixel"] = 9.0, (9.0, 9.0)
+    given = {"first_pixel": first_pixel}, {"first_pixel": 1.0}, {"first_pixel": (1.0, 0.5)}
+    reward = WeightedReward(*given)
+    for each in given:
+        each.clear()
     for images in (pixels(2.0), pixels(5.0, 7.0), pixels(2.0)):
         reward(images, "")
         other = reward.with_scale(reward.measure(reward.raw(pixels(10.0, 20.0), "another")))
