@@ -8,21 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffsynth.diffusion.flow_match import FlowMatchScheduler
+from diffsynth.pipelines.z_image import ZImagePipeline, model_fn_z_image
+from tiny import BASE as ANY_BASE
+from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_z_image
 from torch import nn
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.evolution import EvolutionConfig
 from ses_fast.loop import evolve
 from ses_fast.pipelines.diffsynth.unit import SESUnit
-
-declare_torchvision_ops()
-
-from diffsynth.diffusion.flow_match import FlowMatchScheduler  # noqa: E402
-from diffsynth.pipelines.z_image import ZImagePipeline, model_fn_z_image  # noqa: E402
-from tiny import BASE as ANY_BASE  # noqa: E402
-from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_z_image  # noqa: E402
 
 # Candidates together against one by one: absolute, on images in [-1, 1].
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import MAKE, brightness, manage_vram, tiny_z_image
+from torch._dynamo.utils import counters
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.pipelines.compiling import MOST_GRAPHS
-
-declare_torchvision_ops()
-
-from tiny import MAKE, brightness, manage_vram, tiny_z_image  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
 
 PROMPTS = ["a red fox" + " and a dog" * i for i in range(20)]
 BASE = {"prompt": "a red fox", "height": 64, "width": 80, "num_inference_steps": 2, "seed": 3}

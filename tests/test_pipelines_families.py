@@ -5,16 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-
-import ses_fast
-from ses_fast._torchvision import declare_torchvision_ops
-from ses_fast.pipelines.batching import first_size
-from ses_fast.pipelines.diffsynth.unit import SESUnit
-
-declare_torchvision_ops()
-
-from diffsynth.utils.ses import ses_search  # noqa: E402
-from tiny import (  # noqa: E402
+from diffsynth.utils.ses import ses_search
+from tiny import (
     BASE,
     GUIDED,
     HALF,
@@ -28,6 +20,10 @@ from tiny import (  # noqa: E402
     pixels,
     search,
 )
+
+import ses_fast
+from ses_fast.pipelines.batching import first_size
+from ses_fast.pipelines.diffsynth.unit import SESUnit
 
 FAMILIES = [pytest.param(name, id=name) for name in MAKE]
 PIXELS = {"Z-Image": 8, "FLUX.1": 8, "FLUX.2-dev": 16, "FLUX.2-klein": 16, "Qwen-Image": 8}  # a side of a latent

@@ -7,17 +7,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from diffsynth.pipelines.z_image import ZImagePipeline
+from tiny import BASE as ANY_BASE
+from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_flux2, tiny_z_image
 
 import ses_fast
 from ses_fast import SESConfig
-from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.rewards.weighted import WeightedReward
-
-declare_torchvision_ops()
-
-from diffsynth.pipelines.z_image import ZImagePipeline  # noqa: E402
-from tiny import BASE as ANY_BASE  # noqa: E402
-from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_flux2, tiny_z_image  # noqa: E402
 
 BASE = {name: value for name, value in ANY_BASE.items() if name != "cfg_scale"}
 

@@ -9,37 +9,30 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-import ses_fast
-from ses_fast._torchvision import declare_torchvision_ops
-
-declare_torchvision_ops()
-
-from diffsynth.core import AutoWrappedLinear, enable_vram_management  # noqa: E402
-from diffsynth.core.quant import backends as quant_backends  # noqa: E402
-from diffsynth.core.quant.base import QUANT_BACKENDS, QuantBackend  # noqa: E402
-from diffsynth.core.quant.config import QUANT_METHODS, QuantizeConfig, QuantMethodSpec  # noqa: E402
-from diffsynth.core.vram.disk_map import DiskMap  # noqa: E402
-from diffsynth.diffusion.base_pipeline import ControlNetInput  # noqa: E402
-from diffsynth.models.flux_controlnet import FluxControlNet  # noqa: E402
-from diffsynth.models.flux_dit import (  # noqa: E402
+from diffsynth.core import AutoWrappedLinear, enable_vram_management
+from diffsynth.core.quant import backends as quant_backends
+from diffsynth.core.quant.base import QUANT_BACKENDS, QuantBackend
+from diffsynth.core.quant.config import QUANT_METHODS, QuantizeConfig, QuantMethodSpec
+from diffsynth.core.vram.disk_map import DiskMap
+from diffsynth.diffusion.base_pipeline import ControlNetInput
+from diffsynth.models.flux_controlnet import FluxControlNet
+from diffsynth.models.flux_dit import (
     FluxJointTransformerBlock,
     FluxSingleTransformerBlock,
     RoPEEmbedding,
 )
-from diffsynth.models.flux_infiniteyou import InfiniteYouImageProjector  # noqa: E402
-from diffsynth.models.flux_ipadapter import FluxIpAdapter, MLPProjModel, SiglipVisionModelSO400M  # noqa: E402
-from diffsynth.models.flux_lora_patcher import LoraMerger  # noqa: E402
-from diffsynth.models.flux_redux import FluxReduxImageEncoder  # noqa: E402
-from diffsynth.models.flux_value_control import MultiValueEncoder, SingleValueEncoder  # noqa: E402
-from diffsynth.models.general_modules import TimestepEmbeddings  # noqa: E402
-from diffsynth.models.qwen_image_controlnet import QwenImageBlockWiseControlNet  # noqa: E402
-from diffsynth.models.z_image_controlnet import ZImageControlNet, ZImageControlTransformerBlock  # noqa: E402
-from diffsynth.pipelines.flux_image import MultiControlNet  # noqa: E402
-from diffsynth.pipelines.qwen_image import QwenImageBlockwiseMultiControlNet  # noqa: E402
-from tiny import (  # noqa: E402
+from diffsynth.models.flux_infiniteyou import InfiniteYouImageProjector
+from diffsynth.models.flux_ipadapter import FluxIpAdapter, MLPProjModel, SiglipVisionModelSO400M
+from diffsynth.models.flux_lora_patcher import LoraMerger
+from diffsynth.models.flux_redux import FluxReduxImageEncoder
+from diffsynth.models.flux_value_control import MultiValueEncoder, SingleValueEncoder
+from diffsynth.models.general_modules import TimestepEmbeddings
+from diffsynth.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
+from diffsynth.models.z_image_controlnet import ZImageControlNet, ZImageControlTransformerBlock
+from diffsynth.pipelines.flux_image import MultiControlNet
+from diffsynth.pipelines.qwen_image import QwenImageBlockwiseMultiControlNet
+from safetensors.torch import save_file
+from tiny import (
     BASE,
     GUIDED,
     HALF,
@@ -54,7 +47,10 @@ from tiny import (  # noqa: E402
     search,
     tiny_z_image,
 )
-from transformers import SiglipVisionConfig, SiglipVisionModel  # noqa: E402
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+import ses_fast
 
 # ---------------------------------------------------------------- the options' models
 
