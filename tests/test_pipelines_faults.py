@@ -10,6 +10,7 @@ import torch
 from diffsynth.pipelines.z_image import ZImagePipeline
 from tiny import BASE as ANY_BASE
 from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_flux2, tiny_z_image
+from tiny_clip import save_tiny_clip
 
 import ses_fast
 from ses_fast import SESConfig
@@ -93,6 +94,16 @@ def test_a_pipelines_state_is_no_plain_searchs(pipe):
     settings = {"popsize": 4, "k_elites": 2, "dwt_level": 1, "include_base": True, "progress": False}
     with pytest.raises(ValueError, match="comes? from a pipeline's call .*a red fox"):
         ses_fast.evolve(state.base, lambda z: 0.0, 6, **settings, state=state)
+
+
+def test_the_same_kind_of_reward_with_other_weights_is_another_reward(pipe, tmp_path):
+    rewards = [ses_fast.load_reward("clip", save_tiny_clip(tmp_path / name, seed=1), "cpu") for name in ("a", "b")]
+    call(pipe, 3, rewards[0])
+    state = pipe.ses_result.state
+    call(pipe, 4, rewards[0], {"state": state})
+    with pytest.raises(ValueError, match=r"its reward was 'clip \(a\)', this call's is 'clip \(b\)'"):
+        call(pipe, 6, rewards[1], {"state": state})
+    ses_fast.unload_rewards()
 
 
 def test_the_scale_of_a_sum_of_rewards_belongs_to_the_state(pipe, tmp_path):

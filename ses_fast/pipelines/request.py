@@ -111,7 +111,9 @@ def name_of(reward: Any) -> Any:
         return {str(name): float(weight) for name, weight in sorted(reward.items())}
     if isinstance(reward, str):
         return known_name(reward)
-    if isinstance(reward, Reward | PILReward):
+    if isinstance(reward, Reward):
+        return f"{reward.name} ({reward.weights})" if reward.weights else reward.name
+    if isinstance(reward, PILReward):
         return reward.name
     named = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{named.__module__}.{named.__qualname__}"

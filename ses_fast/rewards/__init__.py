@@ -166,7 +166,7 @@ def load_reward(name: Any, weights: Any = None, device: Any = None, dtype: torch
             reward_class: Any = getattr(import_module(f"{__name__}.{source.module}"), source.cls)
             with torch_as_it_comes(torch.device("cpu")):
                 reward = reward_class.load(Checkpoint(name, place, source.ids), dtype)
-            reward.name = name if weights == source.default else f"{name} ({Path(place).name})"
+            reward.name, reward.weights = name, "" if weights == source.default else Path(place).name
             _loaded[key] = reward
         return _loaded[key].to(device)
 

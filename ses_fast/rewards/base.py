@@ -16,12 +16,13 @@ from .checkpoint import Checkpoint
 class Reward:
     """Scores images against a prompt; a subclass gives `load`, `encode`, `score` and `dropped`.
 
-    `model` is the network that `to` moves; `dtype` is what it computes in; `name` is what it was loaded as.
+    `model` is the network that `to` moves; `dtype` is what it computes in; `name` is what it was loaded as, and
+    `weights` the name of their folder or file ("" for the published ones).
     Safe to use from several threads: they take turns.
     """
 
     def __init__(self, model: Any, device: torch.device | str | None, dtype: torch.dtype | None):
-        self.name = type(self).__name__
+        self.name, self.weights = type(self).__name__, ""
         self.device, self.dtype = default_device(device), default_dtype(device, dtype)
         self.model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         self._encoded: tuple[str, Any] | None = None  # the last prompt, and what `encode` made of it
