@@ -8,6 +8,7 @@ ends in one line and exit code 2, before the work.
 import argparse
 import json
 import math
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -71,10 +72,11 @@ class Job:
         _known("model", args.model, MODELS)
         reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
         report = tuple(args.report_reward or ())
-        from .rewards import REWARDS
+        from .rewards import known_name
 
         for name in (reward, *report):
-            _known("reward", name, {*EMBEDDED, *REWARDS})
+            if name not in EMBEDDED:
+                known_name(name)
             if name in EMBEDDED and args.model != "embedded":
                 raise ValueError(
                     f"the reward {name!r} knows only the embedded model's captions: name another, for example pick"
@@ -325,8 +327,10 @@ def _check_writable(folder: Path) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
     for name in WRITTEN:
-        if (folder / name).is_dir():
-            raise ValueError(f"cannot write {folder / name}: it is a folder")
+        target = Path(os.path.realpath(folder / name))
+        if target.is_dir() or not target.parent.is_dir():
+            reason = "it is a folder" if target.is_dir() else "it is a link into a folder that is not there"
+            raise ValueError(f"cannot write {folder / name}: {reason}")
 
 
 def _number(score: float | None) -> float | None:

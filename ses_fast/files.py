@@ -11,14 +11,16 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
 
     A link is followed, so that the file it points to is replaced. The new file has the mode of the one it replaces,
     or the usual one. Raises FileNotFoundError where the folder is missing, IsADirectoryError where `path` is a
-    folder; whatever `write` raises leaves, and no temporary file stays.
+    folder, OSError for another thing that is no file; whatever `write` raises leaves, and no temporary file stays.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {target.parent}")
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
+    if target.exists() and not target.is_file():
+        raise OSError(f"cannot write {path}: it is no regular file")
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=target.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:

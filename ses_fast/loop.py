@@ -1,6 +1,7 @@
 """The search: `evolve` returns all that it found, `search` takes the place of `ses_search`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def evolve(
     objective = _as_objective(objective_reward_fn, whole_number("batch_size", batch_size, 1))
     if state is None:
         state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base, backend=backend)
+        state = replace(state, fingerprint=objective.fingerprint)
     else:
         state = continued(state, base_latents, config, seed, generator, include_base)
         objective.resume(state.fingerprint)

@@ -59,3 +59,17 @@ class FunctionObjective(Objective):
             scores = as_scores(self.function(batch), batch.shape[0], "the objective", batch.device)
             if not report(Scored(scores)):
                 return
+
+
+def check_fingerprint(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the first difference, for a state whose scores depend on other things than the call's."""
+    if not was:
+        raise ValueError("the state is of another search: it does not say what its scores are of")
+    for name in sorted((was.keys() | now.keys()) - {"scale"}):
+        before, here = was.get(name), now.get(name)
+        if before == here:
+            continue
+        if isinstance(before, dict) and isinstance(here, dict):
+            names = sorted(each for each in before.keys() | here.keys() if before.get(each) != here.get(each))
+            name, before, here = names[0], before.get(names[0]), here.get(names[0])
+        raise ValueError(f"the state is of another search: its {name} was {before!r}, this call's is {here!r}")

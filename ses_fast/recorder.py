@@ -90,15 +90,15 @@ class Recorder:
         return self.stopped == "budget"
 
     def scores(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What was taken since the last call, in order: ([n], the members' raw scores [n] each)."""
-        reported, self.reported = self.reported, []
-        if not reported:
+        """What was taken and is not yet in the state, in order: ([n], the members' raw scores [n] each)."""
+        self.stopwatch.lap("objective")
+        if not self.reported:
             raise ValueError("the objective reported no score for the candidates that it was given")
-        return _joined(reported)
+        return _joined(self.reported)
 
     def told(self, state: SearchState) -> None:
         """The state has learnt the scores: the books are brought up to date, and `on_generation` is called."""
-        self.state = state
+        self.state, self.reported = state, []
         self.stopwatch.lap("tell")
         if state.index == 0:
             if self.progress or state.mean.device.type == "cpu":  # a look at the scores waits for the device

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import missing_extra
 from .evolution import leader
 from .files import write_whole
-from .state import SearchState
+from .state import TENSORS, SearchState
 
 RESULT_FORMAT = 2  # raised when `SearchResult.load` would no longer read an old file
 STOPPED = ("budget", "time_limit", "error", "running")  # "running": in on_generation
@@ -151,11 +151,13 @@ def _read(facts: dict[str, Any], tensors: dict[str, Tensor]) -> SearchResult:
     """The result of a file's parts. Raises ValueError where one is missing, of another kind, or not the others'."""
     saved = _part(facts, "state", dict)
     latents = tensors.pop("latents", None)
+    if unknown := tensors.keys() - TENSORS:
+        raise ValueError(f"it holds tensors that no result has: {', '.join(sorted(unknown))}")
     state = SearchState.load_state_dict(saved | tensors)
     stopped, seconds = _part(facts, "stopped", str), _part(facts, "seconds", dict)
     if stopped not in STOPPED:
         raise ValueError(f"it stopped by {stopped!r}, which is none of {', '.join(STOPPED)}")
-    if not all(_is_number(value) for value in seconds.values()):
+    if not all(_is_number(value) and 0 <= value < 1e12 for value in seconds.values()):
         raise ValueError("its seconds are not numbers")
     held_out = {}
     for name, two in _part(facts, "held_out", dict).items():
@@ -168,7 +170,7 @@ def _read(facts: dict[str, Any], tensors: dict[str, Tensor]) -> SearchResult:
         if best is not None or latents is not None:
             raise ValueError("it names a best candidate, and none of its scores is finite")
     else:
-        if best != expected.number or isinstance(best, bool):
+        if type(best) is not int or best != expected.number:
             raise ValueError(f"it names candidate {best!r} as the best, and its scores say {expected.number}")
         if latents is None or latents.shape != expected.latents.shape or latents.dtype != expected.latents.dtype:
             raise ValueError("its latents are not of the base's shape and dtype")

@@ -157,6 +157,7 @@ class SearchState:
         )
 
 
+TENSORS = {"base", "mean", "variance", "elite_low", "elite_scores", "scores", "member_scores", "generator_state"}
 _SAVED = ("base", "mean", "variance", "elite_low", "elite_scores")
 _TENSORS = (*_SAVED, "base_low", "residual")
 
@@ -215,6 +216,14 @@ def _check_saved(
         possible = ~value.isnan() if "scores" in name else value.isfinite()
         if not possible.all() or (name == "variance" and (value < 0).any()):
             raise ValueError(f"the search state's {name} holds what no search makes")
+    complete = scores[: count // popsize * popsize]
+    if not torch.equal(state["elite_scores"], complete.sort(descending=True, stable=True).values[:elites]):
+        raise ValueError("the search state's elite_scores are not the best of its scores")
+    found = state["elite_low"][state["elite_scores"] > -torch.inf]
+    if len(found) and not torch.allclose(state["mean"], found.mean(0), rtol=1e-4, atol=1e-4):
+        raise ValueError("the search state's mean is not its elites'")
+    if len(found) > 1 and not torch.allclose(state["variance"], found.var(0), rtol=1e-3, atol=1e-4):
+        raise ValueError("the search state's variance is not its elites'")
     if not isinstance(state["include_base"], bool):
         raise ValueError(f"the search state's include_base must be True or False, got {state['include_base']!r}")
     if (state["seed"] is None) != ("generator_state" in state):

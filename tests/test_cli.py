@@ -255,11 +255,11 @@ BAD = {
     ),
     "unknown reward": (
         ["generate", PROMPT, "--reward", "taste"],
-        "unknown reward 'taste'; the known ones are ",
+        "unknown reward 'taste'. The known ones are ",
     ),
     "unknown report reward": (
         ["generate", PROMPT, "--report-reward", "taste"],
-        "unknown reward 'taste'; the known ones are ",
+        "unknown reward 'taste'. The known ones are ",
     ),
     "weights of the embedded reward": (["generate", PROMPT, "--reward-weights", "x"], "has its own weights"),
     "a folder below a file": (

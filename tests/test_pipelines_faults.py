@@ -1,6 +1,7 @@
 """What once went wrong in silence, in a search through a pipeline: states, subclasses, clean-ups, copies."""
 
 import copy
+import functools
 import pickle
 import threading
 
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from diffsynth.pipelines.z_image import ZImagePipeline
+from diffsynth.utils.controlnet import ControlNetInput
+from PIL import Image
 from tiny import BASE as ANY_BASE
 from tiny import PHOTO, QUIET, SES, brightness, pixels, search, tiny_flux2, tiny_z_image
 from tiny_clip import save_tiny_clip
 
 import ses_fast
 from ses_fast import SESConfig
+from ses_fast.pipelines.request import facts, reward_name
+from ses_fast.rewards import from_pil
 from ses_fast.rewards.weighted import WeightedReward
 
 BASE = {name: value for name, value in ANY_BASE.items() if name != "cfg_scale"}
@@ -57,6 +62,9 @@ def of_a_pipeline(other, **changed):
         pytest.param({"negative_prompt": "dark"}, "its negative_prompt was '', this call's is 'dark'", id="negative"),
         pytest.param({"sigma_shift": 7.0}, "its sigma_shift was None, this call's is 7.0", id="another schedule"),
         pytest.param({"input_image": PHOTO}, "its input_image was None, this call's is 'sha256:", id="a picture"),
+        pytest.param(
+            {"controlnet_inputs": [ControlNetInput(image=PHOTO, scale=0.5)]}, "controlnet_inputs was None", id="control"
+        ),
     ],
 )
 def test_a_state_of_another_search_is_refused_by_name(pipe, arguments, message):
@@ -68,14 +76,75 @@ def test_a_state_of_another_search_is_refused_by_name(pipe, arguments, message):
     assert pipe.ses_result.evaluations == 8
 
 
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        pytest.param(torch.zeros(2, 3), torch.ones(2, 3), id="tensors of one shape"),
+        pytest.param(np.zeros((2, 3)), np.zeros((3, 2)), id="arrays of one size"),
+        pytest.param(np.zeros(2, np.float32), np.zeros(2, np.int32), id="arrays of other dtypes"),
+        pytest.param(PHOTO, PHOTO.transpose(Image.Transpose.ROTATE_180), id="pictures of one size"),
+        pytest.param(PHOTO.convert("L"), PHOTO.convert("L").convert("P"), id="pictures of other modes"),
+        pytest.param(
+            [ControlNetInput(image=PHOTO, scale=1.0)], [ControlNetInput(image=PHOTO, scale=0.2)], id="other scales"
+        ),
+        pytest.param([ControlNetInput(image=PHOTO)], [ControlNetInput(image=PHOTO.convert("L"))], id="other controls"),
+        pytest.param({"a": 1}, {"a": 2}, id="dicts"),
+    ],
+)
+def test_arguments_that_differ_have_other_facts(one, other):
+    assert facts({"x": one}) != facts({"x": other})
+    assert facts({"x": one}) == facts({"x": copy.deepcopy(one)})
+
+
+def test_one_value_in_two_guises_is_one_fact(tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    assert facts({"x": Image.open(tmp_path / "photo.png")}) == facts({"x": PHOTO})
+    assert facts({"x": np.float64(3.0)}) == facts({"x": 3.0}) and facts({"x": torch.tensor(2)})
+
+
+def test_what_a_reward_is_called_in_a_state():
+    assert reward_name("hps") == reward_name("hps_v2.1") == "hps"
+    assert reward_name({"hps_v2.1": 1}) == {"hps": 1.0}
+    one, other = (functools.partial(brightness, prompt=prompt) for prompt in ("a", "b"))
+    assert reward_name(one) != reward_name(other)
+    assert reward_name(from_pil(contrast)) != reward_name(from_pil(dark)) != reward_name(dark)
+
+
 def test_a_state_of_another_pipeline_is_refused():
     z_image, flux = ses_fast.enable(tiny_z_image()), ses_fast.enable(tiny_flux2(klein=True))
     call(z_image, 3)
     state = z_image.ses_result.state
-    with pytest.raises(
-        ValueError, match="its pipeline was 'ZImagePipeline', this call's is 'Flux2ImagePipeline'|noise"
-    ):
+    with pytest.raises(ValueError, match="of another search: its .*, this call's is"):
         call(flux, 6, config={"state": state}, seed=None)
+
+
+def test_a_refused_call_keeps_the_result_that_it_was_to_go_on_from(pipe):
+    call(pipe, 3)
+    result = pipe.ses_result
+    for wrong in ({"prompt": "a red foxx"}, {"ses_inference_steps": "2"}):
+        with pytest.raises(ValueError):
+            call(pipe, 8, config={"state": result.state}, **wrong)
+        assert pipe.ses_result is result
+
+
+def test_a_search_that_was_interrupted_before_its_first_score_goes_on(pipe):
+    def interrupted(images, prompt):
+        raise KeyboardInterrupt
+
+    interrupted.__qualname__, interrupted.__module__ = brightness.__qualname__, brightness.__module__
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, 4, interrupted)
+    assert pipe.ses_result.evaluations == 0
+    call(pipe, 4, config={"state": pipe.ses_result.state})
+    assert pipe.ses_result.evaluations == 4
+
+
+def test_no_budget_with_a_state_is_the_image_of_its_noise(pipe):
+    torch.manual_seed(3)
+    call(pipe, 3, seed=None)
+    result = pipe.ses_result
+    image = call(pipe, 0, config={"state": result.state}, seed=None)
+    assert np.array_equal(pixels(image), pixels(pipe(**BASE | {"seed": result.seed}))) and pipe.ses_result is None
 
 
 def test_a_state_that_does_not_say_what_it_scored_is_refused(pipe):
@@ -176,16 +245,46 @@ def test_a_reward_that_writes_on_its_images_spoils_no_other(pipe, order):
     assert all(images.std() > 0.1 for images in seen)
 
 
-def test_a_callback_that_writes_on_what_it_gets_changes_nothing(pipe):
-    call(pipe, 8)
+def test_a_plain_reward_that_writes_on_its_images_spoils_no_callback(pipe):
+    seen = []
+
+    def writes(images, prompt):
+        scores = brightness(images, prompt)
+        images.zero_()
+        return scores
+
+    call(pipe, 4, writes, {"on_preview": lambda *given: seen.append(given[0])})
+    assert len(seen) == 4 and all(images.std() > 0.1 for images in seen)
+
+
+@pytest.mark.parametrize("reward", [brightness, WeightedReward({"b": brightness}, {"b": 1.0})], ids=["plain", "sum"])
+def test_a_callback_that_writes_on_what_it_gets_changes_nothing(pipe, reward):
+    call(pipe, 8, reward)
     clean = pipe.ses_result
 
     def vandal(images, scores, generation, first):
         images.zero_()
         scores.fill_(99.0)
 
-    call(pipe, 8, config={"on_preview": vandal})
+    call(pipe, 8, reward, {"on_preview": vandal})
     assert pipe.ses_result.trace == clean.trace
+
+
+def test_a_callback_that_fails_loses_no_score(pipe):
+    def full(images, scores, generation, first):
+        if generation == 1:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        call(pipe, 12, config={"on_preview": full, "batch_size": "auto"})
+    assert pipe.ses_result.evaluations == 8
+
+
+def test_a_callback_may_make_a_stock_image(pipe):
+    stock, images = pixels(pipe(**BASE)), []
+    image = call(pipe, 8, config={"on_generation": lambda result: images.append(pipe(**BASE))})
+    assert len(images) == 2 and all(np.array_equal(pixels(each), stock) for each in images)
+    assert pipe.ses_result.evaluations == 8 and np.array_equal(pixels(image), pixels(call(pipe, 8)))
 
 
 # ---------------------------------------------------------------- asked for and not done
@@ -263,6 +362,14 @@ def test_the_part_that_fails_first_is_named_the_decoder():
         call(pipe, 3)
 
 
+def test_a_diagnosis_that_fails_does_not_end_the_search(pipe, monkeypatch):
+    scores = iter([1.0, float("nan"), 2.0, 3.0])
+    monkeypatch.setattr("ses_fast.pipelines.previews.Previews._why_not_finite", lambda *given: 1 / 0)
+    with pytest.warns(UserWarning, match="could not be found: ZeroDivisionError"):
+        call(pipe, 4, lambda images, prompt: next(scores))
+    assert pipe.ses_result.evaluations == 4 and pipe.ses_result.score == 3.0
+
+
 def test_the_part_that_fails_first_is_named_the_reward(pipe):
     expected = "the image is finite, and the score of the reward is not"
     with pytest.warns(UserWarning, match=expected), pytest.raises(RuntimeError, match=expected):
@@ -299,6 +406,25 @@ def test_a_copy_and_its_original_are_disabled_apart(copied):
     ses_fast.disable(pipe)
     with pytest.raises(TypeError, match="enable_ses"):
         pipe(**BASE, enable_ses=True)
+
+
+def test_enabling_a_copy_leaves_the_original_alone():
+    stock = tiny_flux2(klein=True)
+    units, other = list(stock.units), copy.copy(stock)
+    ses_fast.enable(other)
+    assert stock.units == units and len(other.units) == len(units) + 1
+
+
+def test_a_copy_of_a_compiled_pipeline_does_not_undo_the_originals_blocks():
+    pipe = tiny_z_image()
+    ses_fast.enable(pipe, compile=True)
+    compiled = [module for module in pipe.modules() if module._compiled_call_impl is not None]
+    other = copy.copy(pipe)
+    assert compiled and "_ses_compiled" in vars(pipe) and "_ses_compiled" not in vars(other)
+    ses_fast.disable(other)
+    assert all(module._compiled_call_impl is not None for module in compiled)
+    ses_fast.disable(pipe)
+    assert all(module._compiled_call_impl is None for module in compiled)
 
 
 def test_units_in_a_tuple_stay_a_tuple():
@@ -352,6 +478,13 @@ def test_a_held_out_reward_judges_the_images_that_a_user_gets(pipe):
     assert len(judged) == 1  # the answer is the base
     held = pipe.ses_result.held_out["held"]
     assert held.base == held.answer
+
+
+@pytest.mark.parametrize("noise", [{"seed": 5}, {"generator": torch.Generator().manual_seed(5)}], ids=repr)
+def test_the_base_is_judged_where_the_search_alone_has_a_seed(pipe, noise):
+    call(pipe, 1, config={"report_rewards": {"b": brightness}} | noise, seed=None)
+    held = pipe.ses_result.held_out["b"]
+    assert held.base == held.answer == pytest.approx(pipe.ses_result.base_score, abs=1 / 127.5)
 
 
 def test_the_base_of_a_state_is_judged_too(pipe):

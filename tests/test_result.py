@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 from dataclasses import fields
 
@@ -137,6 +138,8 @@ def without(facts, name):
         pytest.param(lambda f: without(f, "best"), "names candidate None as the best", id="no best"),
         pytest.param(lambda f: f | {"best": 99}, "names candidate 99 as the best", id="a best that is not there"),
         pytest.param(lambda f: f | {"best": "a"}, "names candidate 'a' as the best", id="a word for the best"),
+        pytest.param(lambda f: f | {"best": float(f["best"])}, "as the best", id="a float for the best"),
+        pytest.param(lambda f: f | {"seconds": {"total": 10**400}}, "seconds are not numbers", id="endless seconds"),
         pytest.param(lambda f: f | {"best": True}, "names candidate True as the best", id="a switch for the best"),
         pytest.param(lambda f: f | {"best": (f["best"] + 1) % 12}, "and its scores say", id="a best that is not"),
         pytest.param(lambda f: f | {"best": f["best"] - 12}, "and its scores say", id="counted from the end"),
@@ -162,6 +165,14 @@ def test_a_changed_header_is_one_clear_error(saved, change, message):
         pytest.param({"scores": torch.zeros(3, dtype=torch.float64)}, "must be torch.float", id="fewer scores"),
         pytest.param({"member_scores": torch.zeros(2, 12)}, "member_scores must be", id="scores of no member"),
         pytest.param({"base": torch.zeros(2, 3)}, "one base", id="no base"),
+        pytest.param({"format": torch.zeros(2)}, "tensors that no result has: format", id="a tensor for a setting"),
+        pytest.param({"mean": torch.full((48,), 100.0)}, "mean is not its elites'", id="another mean"),
+        pytest.param({"variance": torch.full((48,), 3e38)}, "variance is not its elites'", id="another variance"),
+        pytest.param(
+            {"elite_scores": torch.full((2,), 9.0, dtype=torch.float64)},
+            "not the best of its scores",
+            id="other elites",
+        ),
     ],
 )
 def test_changed_tensors_are_one_clear_error(saved, change, message):
@@ -198,6 +209,16 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         result.save(path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_long_names_and_other_things_than_files(tmp_path):
+    result = ses_fast.evolve(BASE, score, 4, **OPTIONS, seed=1)
+    name = "語" * 80 + ".safetensors"  # 252 bytes of the 255 that a name may have
+    result.save(tmp_path / name)
+    assert SearchResult.load(tmp_path / name).trace == result.trace
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        result.save(tmp_path / "pipe")
 
 
 def test_saving_destroys_nothing_beside_it(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..objective import Objective, Report, Scored
+from ..objective import Objective, Report, Scored, check_fingerprint
 from ..stopwatch import Stopwatch
 from .batching import Batches
 from .renderer import Renderer
@@ -49,23 +49,16 @@ class Previews(Objective):
         return {**self._fingerprint, **self.scoring.fingerprint}
 
     def resume(self, fingerprint: Mapping[str, Any]) -> None:
-        if not fingerprint:
-            raise ValueError("the state is of another search: it does not say what its scores are of")
-        for name in sorted(self._fingerprint.keys() | fingerprint.keys() - {"scale"}):
-            was, now = fingerprint.get(name), self._fingerprint.get(name)
-            if was != now:
-                if isinstance(was, dict) and isinstance(now, dict):
-                    name, was, now = next(
-                        (each, was.get(each), now.get(each))
-                        for each in sorted(was.keys() | now.keys())
-                        if was.get(each) != now.get(each)
-                    )
-                raise ValueError(f"the state is of another search: its {name} was {was!r}, this call's is {now!r}")
+        check_fingerprint(fingerprint, self._fingerprint)
         self.scoring.resume(fingerprint)
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
         for noises in candidates.split(self.together or len(candidates)):
-            if not report(self._score(noises, generation, first)):
+            images, given, scored = self._score(noises)
+            goes_on = report(scored)  # first: a callback may raise, and the scores are paid
+            if self.on_preview is not None:
+                self.on_preview(images, given, generation, first)
+            if not goes_on:
                 return
             first += len(noises)
 
@@ -83,19 +76,22 @@ class Previews(Objective):
     def _denoise(self, noises: Tensor) -> Tensor:
         return self.renderer.advance(self.renderer.begin(noises), self.renderer.steps).latents
 
-    def _score(self, noises: Tensor, generation: int, first: int) -> Scored:
+    def _score(self, noises: Tensor) -> tuple[Tensor, Any, Scored]:
+        """(the images, the scores as the reward gave them, the same as the search takes them)"""
         self.stopwatch.restart()
         images = self.images(noises)
         shown = images if self.on_preview is None else images.clone()  # a reward may write on what it gets
         given, scored = self.scoring.score(shown)
         self.stopwatch.lap("reward")
-        if self.on_preview is not None:
-            self.on_preview(images, given, generation, first)
         if not self.looked_for_cause and not (finite := scored.scores.isfinite()).all():
             self.looked_for_cause = True
             index = int(finite.logical_not().nonzero()[0])
-            scored = scored._replace(why_not_finite=self._why_not_finite(noises[index : index + 1], scored, index))
-        return scored
+            try:
+                why = self._why_not_finite(noises[index : index + 1], scored, index)
+            except Exception as error:  # the search can go on without the answer
+                why = f"which part gives it first could not be found: {error!r}"
+            scored = scored._replace(why_not_finite=why)
+        return images, given, scored
 
     def _why_not_finite(self, noise: Tensor, scored: Scored, index: int) -> str:
         """Which part first gives a value that is not finite: one candidate is rendered again, step by step."""

@@ -1,15 +1,18 @@
 """One call with enable_ses=True on its way: what its arguments became, whatever the library."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import check_noise, whole_number
-from ..rewards import known_name
+from ..objective import check_fingerprint
+from ..rewards import REWARDS, known_name
 from ..rewards.base import Reward
 from ..rewards.pil import PILReward
 from ..rewards.weighted import WeightedReward, check_weights
@@ -33,6 +36,7 @@ class Request:
     held_out: dict[str, RewardFunction] = field(default_factory=dict)
     latents: Tensor | None = None  # [1, C, h, w], to be rendered in place of a search
     base: Tensor | None = None  # [1, C, h, w], to search from, where the call has no seed that makes it
+    begun: bool = False  # whether the search has begun: an error from then on carries a result of this call
     answered: bool = False  # whether the best noise, or `latents`, was put in place
 
 
@@ -77,7 +81,11 @@ def make_request(
     seed, search_seed = _seeds(seed, config)
     if isinstance(reward, Mapping):
         check_weights(reward)
+        reward = {known_name(name): weight for name, weight in reward.items()}
+    elif isinstance(reward, str):
+        reward = known_name(reward)
     searches = config.latents is None and budget > 0
+    base = config.state.base if config.state is not None and from_state else None
     request = Request(
         config=config,
         prompt=prompt,
@@ -86,14 +94,16 @@ def make_request(
         reward=None,
         seed=seed,
         search_seed=search_seed,
-        fingerprint={**fingerprint, "prompt": prompt, "reward": name_of(reward), "ses_inference_steps": steps},
-        latents=config.latents,
-        base=config.state.base if config.state is not None and from_state else None,
+        fingerprint={**fingerprint, "prompt": prompt, "reward": reward_name(reward), "ses_inference_steps": steps},
+        latents=base if config.latents is None and not searches else config.latents,
+        base=base,
     )
+    if config.state is not None:
+        check_fingerprint(config.state.fingerprint, request.fingerprint)
     if searches:
         request.reward = _loaded(reward, device)
         if isinstance(request.reward, WeightedReward):
-            _check_first_generation(config, budget)
+            _check_first_generation(request.reward, config, budget)
         request.held_out = _held_out(config.report_rewards, device)
     return request
 
@@ -103,18 +113,21 @@ def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _fact(value) for name, value in arguments.items() if not callable(value)}
 
 
-def name_of(reward: Any) -> Any:
+def reward_name(reward: Any) -> Any:
     """What a reward is called in a state: its name, names and weights, or the function's or class's own."""
     if isinstance(reward, WeightedReward):
-        return {name: reward.weights[name] for name in sorted(reward.weights)}
+        reward = reward.weights
     if isinstance(reward, Mapping):
-        return {str(name): float(weight) for name, weight in sorted(reward.items())}
-    if isinstance(reward, str):
-        return known_name(reward)
+        return {reward_name(name): float(weight) for name, weight in reward.items()}
     if isinstance(reward, Reward):
-        return f"{reward.name} ({reward.weights})" if reward.weights else reward.name
+        return f"{reward_name(reward.name)} ({reward.weights})" if reward.weights else reward_name(reward.name)
     if isinstance(reward, PILReward):
-        return reward.name
+        return f"from_pil({reward_name(reward.function)})"
+    if isinstance(reward, functools.partial):
+        return f"partial({reward_name(reward.func)}, {facts({'args': reward.args, **reward.keywords})})"
+    if isinstance(reward, str):  # two names of one reward are the same
+        source = REWARDS.get(reward)
+        return next((name for name in REWARDS if REWARDS[name] is source), reward)
     named = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -127,18 +140,24 @@ def _fact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_fact(each) for each in value]
     if isinstance(value, Tensor):
-        return _digest(str(value.dtype), str(tuple(value.shape)), value.detach().cpu().flatten().view(torch.uint8))
-    if hasattr(value, "tobytes"):  # a PIL picture, a NumPy array or number
-        return _digest(type(value).__name__, str(getattr(value, "size", "")), value.tobytes())
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+        numbers = value.detach().cpu().flatten().view(torch.uint8).numpy()
+        return _digest(value.dtype, tuple(value.shape), numbers.tobytes())
+    if hasattr(value, "getbands"):  # a PIL picture, from a file or not
+        return _digest(value.mode, value.size, value.tobytes(), bytes(value.getpalette() or ()))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return _digest(value.dtype, value.shape, value.tobytes())
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if is_dataclass(value):
+        return {"class": kind} | {field.name: _fact(getattr(value, field.name)) for field in fields(value)}
+    return kind
 
 
 def _digest(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(
-            part.encode() if isinstance(part, str) else bytes(part.numpy() if torch.is_tensor(part) else part)
-        )
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -150,9 +169,9 @@ def _loaded(reward: Any, device: Any) -> RewardFunction:
     return load_reward(reward, device=device)
 
 
-def _check_first_generation(config: SESConfig, budget: int) -> None:
+def _check_first_generation(reward: WeightedReward, config: SESConfig, budget: int) -> None:
     """Raises ValueError where a sum of rewards has no first generation to be standardised by."""
-    if config.state is None and min(config.popsize, budget) < 2:
+    if config.state is None and reward.scale is None and min(config.popsize, budget) < 2:
         raise ValueError("a sum of rewards is scaled by the first generation: popsize and ses_eval_budget from 2 on")
 
 
@@ -174,8 +193,6 @@ def _seeds(seed: Any, config: SESConfig) -> tuple[int | None, int | None]:
     seed = check_noise(seed, None)
     if config.state is not None:  # without a seed the base is the state's, and any seed keeps torch's state as it is
         return 0 if seed is None else seed, config.seed
-    if config.seed is not None or config.generator is not None:
-        return seed, config.seed
-    if seed is None:
+    if seed is None:  # the noise without a search is made from it more than once
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    return seed, seed
+    return seed, config.seed if config.seed is not None or config.generator is not None else seed

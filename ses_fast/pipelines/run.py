@@ -65,7 +65,7 @@ def search(
         clock=clock,
     )
     prompt_seconds, compiled_before = clock() - begin, clock.compiling
-    result = None
+    result, request.begun = None, True
     try:
         result = evolve(
             base,

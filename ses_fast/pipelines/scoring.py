@@ -59,9 +59,9 @@ class WeightedScoring(Scoring):
         return {"scale": {name: list(pair) for name, pair in self.scale.items()}}
 
     def resume(self, fingerprint: Mapping[str, Any]) -> None:
-        if "scale" not in fingerprint:
-            raise ValueError("the state is of another search: it has no scale of its rewards")
-        scale = {name: (mean, deviation) for name, (mean, deviation) in fingerprint["scale"].items()}
+        if "scale" not in fingerprint:  # it has no score yet
+            return
+        scale = self.reward.with_scale(fingerprint["scale"]).scale  # checked
         if self.scale is not None and self.scale != scale:
             raise ValueError(f"the state is of another search: its scale was {scale!r}, this call's is {self.scale!r}")
         self.scale = scale

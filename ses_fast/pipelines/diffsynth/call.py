@@ -62,7 +62,6 @@ class SESPipeline:
         if not enable_ses:
             return call(*args, **kwargs)
 
-        self.ses_result = None  # an earlier call's is not this one's
         bound = inspect.signature(call).bind(*args, **kwargs)
         given = {**bound.arguments, **bound.kwargs}  # a subclass may take some of them as **kwargs
         unit = self.units[-1] if self.units else None
@@ -80,6 +79,7 @@ class SESPipeline:
             fingerprint={"pipeline": self._ses_stock.__name__, "arguments": _facts_of(bound)},
             device=self.device,
         )
+        self.ses_result = None  # an earlier call's is not this one's, which is accepted
         if "seed" in bound.arguments:
             bound.arguments["seed"] = request.seed
             args, kwargs = bound.args, bound.kwargs
@@ -92,7 +92,8 @@ class SESPipeline:
             try:
                 return self._ses_image(unit, request, clock, functools.partial(call, *args, **kwargs))
             except BaseException as error:
-                self.ses_result = getattr(error, "ses_result", self.ses_result)
+                if request.begun:
+                    self.ses_result = getattr(error, "ses_result", self.ses_result)
                 self._ses_tidy(error, given)
                 raise
 
