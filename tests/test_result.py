@@ -169,7 +169,7 @@ def test_a_changed_header_is_one_clear_error(saved, change, message):
         pytest.param({"mean": torch.full((48,), 100.0)}, "mean is not its elites'", id="another mean"),
         pytest.param({"variance": torch.full((48,), 3e38)}, "variance is not its elites'", id="another variance"),
         pytest.param(
-            {"elite_scores": torch.full((2,), 9.0, dtype=torch.float64)},
+            {"elite_scores": torch.tensor([9.0, 9.0]).double()},
             "not the best of its scores",
             id="other elites",
         ),

@@ -35,7 +35,8 @@ class SESConfig:
         in [-1, 1], the scores as the reward gave them, the first one's number within its generation.
     state: `pipe.ses_result.state`, or a saved one, to go on from in the same call; ses_eval_budget is then
         the total. Without the call's seed the base noise comes from the state. A state of another prompt, reward,
-        preview or pipeline is refused.
+        preview or class of pipeline is refused. Own functions are told apart by their names, and the pipeline's
+        weights are not compared.
     latents: `pipe.ses_result.latents`, or others of that shape, to render in full (with more steps, another
         LoRA) without a search; then `pipe.ses_result` is None.
     report_rewards: rewards that take no part in the search, by name (or a dict of names to loaded ones). Each
