@@ -256,7 +256,8 @@ def bars_table(figures: dict) -> str:
     for name, value in found.items():
         least, most = BARS.get(name, (None, None))
         met = (least is None or value >= least) and (most is None or value <= most)
-        words = [f"at least {least:g}"] * (least is not None) + [f"at most {most:g}"] * (most is not None)
+        limits = {"at least": least, "at most": most}
+        words = [f"{which} {limit:g}" for which, limit in limits.items() if limit is not None]
         rows.append([name, f"{value:.3f}", ", ".join(words), "" if not words else "yes" if met else "no"])
     return "\n".join(lines_of(("measure", "value", "bar", "met"), rows))
 
@@ -303,10 +304,10 @@ def main() -> None:
         if "search" in parts:
             figures["search"] = summarise_search(headroom, each("search", search_of))
     figures["seconds"] = time.perf_counter() - begin
-    print(to_markdown(figures))
     out = arguments.out or result_path(figures["environment"], "-embedded")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    print(to_markdown(figures))
     print(f"\nwritten to {out}")
 
 
