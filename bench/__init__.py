@@ -12,6 +12,7 @@ families: the image families at their published sizes, as data.
 floor: the least time a search can take on a device, counted on the real modules.
 ops: runs test_bench_ops (every op) and test_bench_rewards (images a second), and keeps their figures.
 readme_tables: the READMEs' tables, made of bench/results.
+sheet: what the embedded model draws, on one sheet.
 table: Markdown tables, and those of ops and rewards.
 gpu.sh: all that a GPU machine can measure, in ten minutes.
 """

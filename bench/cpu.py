@@ -36,7 +36,7 @@ from ses_fast._torchvision import declare_torchvision_ops
 from ses_fast.cpu import fast_linears
 
 LEVEL, POPSIZE, BUDGET = 4, 10, 50
-LAYERS = ((960, 160, 426), (512, 3072, 3072))  # tokens, inputs, outputs
+LAYERS = ((2880, 192, 512), (512, 3072, 3072))  # tokens, inputs, outputs
 LATENTS = ((16, 128, 128), (16, 166, 166), (16, 167, 93), (128, 64, 64), (4, 64, 64))
 # Of candidates and answers: the contract's. Of pixels, up to 2.7: a few bits of fp32.
 # Of products of N(0, 1) inputs with weights below 1/sqrt(width): the same.

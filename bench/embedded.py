@@ -1,18 +1,22 @@
-"""What search gains on the embedded model: `python -m bench.embedded [headroom] [search]`.
+"""What the embedded model is worth to a search: `python -m bench.embedded [headroom] [bands] [search] [speed]`.
 
-headroom: 24 noises for each held-out caption, no search. How often one noise is right, how often one of 24 is (by the
-    oracle, by the reward's choice), and how well each reward tells right from wrong images of one caption.
-search: budget 50 for each held-out caption: no search, the best of 50 random noises, SES.
+headroom: 50 noises for each held-out caption, no search. How often one noise is right by the oracle, how often one of
+    24 is, how well each reward tells right from wrong images of one caption, what the best of 50 has over that of 10.
+bands: 6 noises for each caption. How an image's reward goes with that of an image from the same low band of level 2
+    and everything else drawn anew; from the same noise but for that band; and, at half the size, from the noise's LL1.
+search: budget 50 for each caption: no search, the best of 50 random noises (those of the headroom), SES.
+speed: one documented call of budget 50, with a thread for each core.
 
-Prints Markdown tables and writes their figures to bench/results/<device>-<date>-embedded.json.
+All at 8 steps and 256x256 pixels. Prints Markdown tables and writes their figures to
+bench/results/<device>-<date>-embedded.json.
 """
 
 import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,32 +28,48 @@ import ses_fast
 from bench.environment import environment
 from bench.ops import result_path
 from bench.table import lines_of
-from ses_fast import embedded
+from ses_fast import embedded, ops
 
 STEPS = 8
-NOISES = 24
+SIZE, HALF, CHANNELS = 256, 128, 16  # pixels, the latents are an eighth; and their channels
+NOISES = 50
+FEWER = 24  # of them, for the best of 24
+SAMPLE = 10  # what the best of all noises is compared with: the best of so few
+RELATIVES = 6  # noises a caption in `bands`
+LEVEL = 2  # its low band has a sixteenth of the numbers
 BUDGET = 50
-SEARCHES = {
-    # One generation that replaces the whole latent is a set of independent noises.
-    f"best of {BUDGET} random": {"popsize": BUDGET, "dwt_level": 0},
-    "SES": {},
+PARTS = ("headroom", "bands", "search", "speed")
+# What each measure is to be: at least the first and at most the second number.
+BARS: dict[str, tuple[float | None, float | None]] = {
+    "one noise right": (0.05, 0.25),
+    "best of 24 by the oracle": (0.60, None),
+    "one noise right at 128 pixels": (0.15, None),
+    "AUC of the reward within a caption": (0.85, None),
+    "AUC of the held-out reward within a caption": (0.80, None),
+    "best of 50 minus best of 10, in deviations within a caption": (0.35, None),
+    "correlation, the same low band": (0.40, None),
+    "correlation, the same low band, less twice that of another one": (0.0, None),
+    "rank correlation of half the size": (0.35, None),
+    "seconds of a call of budget 50": (None, 15.0),
 }
 
 
 class Studio:
-    """The pipeline and both rewards, loaded once in each worker process."""
+    """The pipeline and both rewards, loaded once in each process."""
 
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
         self.pipe = ses_fast.enable(embedded.load_pipeline())
         self.reward, self.heldout = embedded.load_reward(), embedded.load_reward(heldout=True)
 
-    def search(self, caption: str, seed: int, budget: int, on_preview=None, **config) -> Image.Image:
+    def search(self, caption: str, seed: int, budget: int, on_preview=None, size: int = SIZE, **config) -> Image.Image:
         """One documented call; the SearchResult is at `self.pipe.ses_result`."""
         settings = ses_fast.SESConfig(batch_size=10, progress=False, on_preview=on_preview, **config)
         return self.pipe(
             caption,
             seed=seed,
+            height=size,
+            width=size,
             num_inference_steps=STEPS,
             enable_ses=True,
             ses_reward_model=self.reward,
@@ -58,6 +78,19 @@ class Studio:
             ses_config=settings,
             progress_bar_cmd=lambda steps: steps,
         )
+
+    def look(
+        self,
+        caption: str,
+        noises: torch.Tensor,  # [n, 16, h, w]
+    ) -> dict[str, list]:
+        """Reward and oracle for the image of each noise."""
+        seen: dict[str, list] = {"score": [], "right": []}
+        for noise in noises:
+            image = self.search(caption, 0, 1, size=8 * noise.shape[-1], latents=noise[None])
+            seen["score"].append(self.reward(_to_tensor(image), caption).item())
+            seen["right"].append(embedded.judge(image, caption)["all"])
+        return seen
 
 
 _studio: Studio | None = None
@@ -68,8 +101,13 @@ def _open_studio() -> None:
     _studio = Studio()
 
 
+def _to_tensor(image: Image.Image) -> torch.Tensor:  # [1, 3, H, W]
+    # Half a level up, so that the reward's truncation gives back the very levels of the picture.
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] + 0.5) / 127.5 - 1
+
+
 def headroom_of(job: tuple[int, str]) -> dict:
-    """Oracle and both rewards for NOISES noises of one caption."""
+    """Oracle and both rewards for NOISES noises of one caption; the first is the seed's own."""
     assert _studio is not None
     seed, caption = job
     right: list[bool] = []
@@ -79,31 +117,40 @@ def headroom_of(job: tuple[int, str]) -> dict:
         right.extend(embedded.judge(image, caption)["all"] for image in images)
         held.extend(_studio.heldout(images, caption).tolist())
 
+    # One generation that replaces the whole latent is a set of independent noises.
     _studio.search(caption, seed, NOISES, look, popsize=NOISES, dwt_level=0)
     scores = [e.score for e in _studio.pipe.ses_result.trace]
     return {"caption": caption, "right": right, "score": scores, "heldout": held}
 
 
-def search_of(job: tuple[int, str]) -> dict:
-    """Reward, held-out reward and oracle for one caption: without search, and for each of SEARCHES."""
+def bands_of(job: tuple[int, str]) -> dict:
+    """Rewards of RELATIVES noises of one caption and of their relatives, and the oracle at half the size."""
     assert _studio is not None
     seed, caption = job
+    generator = torch.Generator().manual_seed(1_000_000 + seed)
+    shape = (2, RELATIVES, CHANNELS, SIZE // 8, SIZE // 8)
+    noises, others = torch.randn(shape, generator=generator)
+    low, rest = ops.split_low_band(noises, LEVEL)
+    other_low, other_rest = ops.split_low_band(others, LEVEL)
+    half = _studio.look(caption, ops.split_low_band(noises, 1)[0])
+    return {
+        "caption": caption,
+        "itself": _studio.look(caption, noises)["score"],
+        "same low band": _studio.look(caption, ops.merge_low_band(other_rest, low, LEVEL))["score"],
+        "another low band": _studio.look(caption, ops.merge_low_band(rest, other_low, LEVEL))["score"],
+        "half": half["score"],
+        "half right": half["right"],
+    }
 
-    def facts(image: Image.Image, score: float) -> dict:
-        # Half a level up, so that the reward's truncation gives back the very levels of the picture.
-        tensor = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] + 0.5) / 127.5 - 1
-        return {
-            "score": score,
-            "heldout": _studio.heldout(tensor, caption).item(),
-            "right": embedded.judge(image, caption)["all"],
-        }
 
-    base = _studio.search(caption, seed, 1)
-    row = {"caption": caption, "no search": facts(base, _studio.pipe.ses_result.score)}
-    for name, config in SEARCHES.items():
-        image = _studio.search(caption, seed, BUDGET, **config)
-        row[name] = facts(image, _studio.pipe.ses_result.score)
-    return row
+def search_of(job: tuple[int, str]) -> dict:
+    """Reward, held-out reward and oracle for what SES finds for one caption."""
+    assert _studio is not None
+    seed, caption = job
+    image = _studio.search(caption, seed, BUDGET)
+    heldout = _studio.heldout(_to_tensor(image), caption).item()
+    score, right = _studio.pipe.ses_result.score, embedded.judge(image, caption)["all"]
+    return {"caption": caption, "score": score, "heldout": heldout, "right": right}
 
 
 def auc_within(rows: list[dict], key: str) -> float:
@@ -117,37 +164,102 @@ def auc_within(rows: list[dict], key: str) -> float:
     return float(np.mean(areas)) if areas else 0.5  # nothing to tell apart
 
 
+def gain_of_more(rows: list[dict]) -> float:
+    """The best of all noises minus the mean best of SAMPLE of them, over the deviation, averaged over captions."""
+    gains = []
+    for row in rows:
+        scores = np.array(row["score"])
+        fewer = scores[: len(scores) // SAMPLE * SAMPLE].reshape(-1, SAMPLE).max(1).mean()
+        gains.append((scores.max() - fewer) / max(scores.std(ddof=1), 1e-9))
+    return float(np.mean(gains))
+
+
+def correlation_within(rows: list[dict], one: str, other: str) -> float:
+    """Pearson's, of all captions' scores together, each less its caption's mean."""
+    a, b = (np.concatenate([np.array(row[key]) - np.mean(row[key]) for row in rows]) for key in (one, other))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def rank_correlation_within(rows: list[dict], one: str, other: str) -> float:
+    """Spearman's, the mean over captions."""
+    found = []
+    for row in rows:
+        ranks = [np.argsort(np.argsort(row[key])) for key in (one, other)]  # scores are floats: no ties but by chance
+        found.append(np.corrcoef(*ranks)[0, 1])
+    return float(np.mean(found))
+
+
 def summarise_headroom(rows: list[dict]) -> dict[str, float]:
     """The figures of the table, each over all captions."""
-    first = [row["right"][0] for row in rows]
-    picked = [row["right"][int(np.argmax(row["score"]))] for row in rows]
+    picked = [row["right"][int(np.argmax(row["score"][:FEWER]))] for row in rows]
     return {
-        "one noise right": float(np.mean(first)),
-        f"{NOISES} noises, right on the mean": float(np.mean([right for row in rows for right in row["right"]])),
+        "one noise right": float(np.mean([row["right"] for row in rows])),
+        f"best of {FEWER} by the oracle": float(np.mean([any(row["right"][:FEWER]) for row in rows])),
+        f"best of {FEWER} by the reward": float(np.mean(picked)),
         f"best of {NOISES} by the oracle": float(np.mean([any(row["right"]) for row in rows])),
-        f"best of {NOISES} by the reward": float(np.mean(picked)),
         "AUC of the reward within a caption": auc_within(rows, "score"),
         "AUC of the held-out reward within a caption": auc_within(rows, "heldout"),
+        f"best of {NOISES} minus best of {SAMPLE}, in deviations within a caption": gain_of_more(rows),
+        "deviation of the reward within a caption": float(np.mean([np.std(row["score"], ddof=1) for row in rows])),
     }
 
 
-def summarise_search(rows: list[dict]) -> dict[str, dict[str, float]]:
+def summarise_bands(rows: list[dict]) -> dict[str, float]:
+    """Whether the low band decides, and whether half the size shows it."""
+    same, another = (correlation_within(rows, "itself", key) for key in ("same low band", "another low band"))
+    return {
+        f"one noise right at {HALF} pixels": float(np.mean([row["half right"] for row in rows])),
+        "correlation, the same low band": same,
+        "correlation, another low band": another,
+        "correlation, the same low band, less twice that of another one": same - 2 * another,
+        "rank correlation of half the size": rank_correlation_within(rows, "itself", "half"),
+    }
+
+
+def summarise_search(headroom: list[dict], searched: list[dict]) -> dict[str, dict[str, float]]:
     """For each way of choosing the noise: mean reward, mean held-out reward, accuracy, and captions raised."""
-    table = {}
-    for name in ("no search", *SEARCHES):
-        ways = [row[name] for row in rows]
-        table[name] = {
-            "reward": float(np.mean([way["score"] for way in ways])),
-            "held-out reward": float(np.mean([way["heldout"] for way in ways])),
-            "all facts right": float(np.mean([way["right"] for way in ways])),
-            "reward raised": float(np.mean([row[name]["score"] > row["no search"]["score"] for row in rows])),
+
+    def chosen(row: dict, index: int) -> dict:
+        return {key: row[key][index] for key in ("score", "heldout", "right")}
+
+    base = [chosen(row, 0) for row in headroom]
+    ways = {
+        "no search": base,
+        f"best of {BUDGET} random": [chosen(row, int(np.argmax(row["score"][:BUDGET]))) for row in headroom],
+        "SES": searched,
+    }
+    return {
+        name: {
+            "reward": float(np.mean([row["score"] for row in rows])),
+            "held-out reward": float(np.mean([row["heldout"] for row in rows])),
+            "all facts right": float(np.mean([row["right"] for row in rows])),
+            "reward raised": float(np.mean([a["score"] > b["score"] for a, b in zip(rows, base, strict=True)])),
         }
-    return table
+        for name, rows in ways.items()
+    }
 
 
-def headroom_table(figures: dict) -> str:
-    """What the noise alone is worth."""
-    return "\n".join(lines_of(("measure", "value"), [[k, f"{v:.3f}"] for k, v in figures["headroom"].items()]))
+def measure_speed(caption: str) -> dict[str, float]:
+    """Seconds of the documented call, the second one of two, with a thread for each core."""
+    studio = Studio(os.cpu_count() or 1)
+    for _ in range(2):
+        begin = time.perf_counter()
+        studio.search(caption, 0, BUDGET)
+        seconds = time.perf_counter() - begin
+    return {f"seconds of a call of budget {BUDGET}": seconds}
+
+
+def bars_table(figures: dict) -> str:
+    """What the noise alone is worth, beside what was asked for."""
+    found = {name: value for part in PARTS if part != "search" for name, value in figures.get(part, {}).items()}
+    rows = []
+    for name, value in found.items():
+        least, most = BARS.get(name, (None, None))
+        met = (least is None or value >= least) and (most is None or value <= most)
+        limits = {"at least": least, "at most": most}
+        words = [f"{which} {limit:g}" for which, limit in limits.items() if limit is not None]
+        rows.append([name, f"{value:.3f}", ", ".join(words), "" if not words else "yes" if met else "no"])
+    return "\n".join(lines_of(("measure", "value", "bar", "met"), rows))
 
 
 def search_table(figures: dict) -> str:
@@ -159,34 +271,43 @@ def search_table(figures: dict) -> str:
 
 def to_markdown(figures: dict) -> str:
     """The tables of embedded/README.md."""
-    tables = {"headroom": headroom_table, "search": search_table}
-    return "\n\n".join(make(figures) for name, make in tables.items() if name in figures)
+    tables = [bars_table(figures)] if figures.keys() & {"headroom", "bands", "speed"} else []
+    return "\n\n".join(tables + ([search_table(figures)] if "search" in figures else []))
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="both when none is named")
+    parser.add_argument("parts", nargs="*", help="all when none is named; search measures the headroom too")
     parser.add_argument("--captions", type=int, default=200, help="how many of the held-out captions")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - {"headroom", "search"}:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are headroom and search")
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    parts = set(arguments.parts or PARTS)
     jobs = list(enumerate(embedded.captions()[: arguments.captions]))
-    figures: dict = {"environment": environment(), "captions": len(jobs), "steps": STEPS}
+    figures: dict = {"environment": environment(), "captions": len(jobs), "steps": STEPS, "size": SIZE}
     begin = time.perf_counter()
+    if "speed" in parts:
+        figures["speed"] = measure_speed(jobs[0][1])
     with ProcessPoolExecutor(arguments.workers, initializer=_open_studio) as pool:
-        show = partial(tqdm, total=len(jobs), mininterval=5)
-        if not arguments.parts or "headroom" in arguments.parts:
-            figures["headroom"] = summarise_headroom(list(show(pool.map(headroom_of, jobs), desc="headroom")))
-        if not arguments.parts or "search" in arguments.parts:
-            figures["search"] = summarise_search(list(show(pool.map(search_of, jobs), desc="search")))
+
+        def each(part: str, measure: Callable[[tuple[int, str]], dict]) -> list[dict]:
+            return list(tqdm(pool.map(measure, jobs), total=len(jobs), mininterval=5, desc=part))
+
+        if parts & {"headroom", "search"}:
+            headroom = each("headroom", headroom_of)
+            figures["headroom"] = summarise_headroom(headroom)
+        if "bands" in parts:
+            figures["bands"] = summarise_bands(each("bands", bands_of))
+        if "search" in parts:
+            figures["search"] = summarise_search(headroom, each("search", search_of))
     figures["seconds"] = time.perf_counter() - begin
-    print(to_markdown(figures))
     out = arguments.out or result_path(figures["environment"], "-embedded")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    print(to_markdown(figures))
     print(f"\nwritten to {out}")
 
 

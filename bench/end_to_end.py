@@ -72,7 +72,7 @@ class Row:
 # A search of one generation on a GPU: every candidate costs the same, and all models fit into ten minutes.
 _GPU: dict[str, Any] = {"level": 4, "budget": POPSIZE, "batch_size": 1, "rounds": 3}
 MODELS = {
-    "embedded": Model({"num_inference_steps": 8}, level=1, device="cpu", dtype=torch.float32),
+    "embedded": Model({"num_inference_steps": 8}, level=2, device="cpu", dtype=torch.float32),
     "flux.2-klein-4b": Model(FAMILIES["flux.2-klein-4b"].call, **_GPU),
     "z-image-turbo": Model(FAMILIES["z-image-turbo"].call, **_GPU),
     "flux.1-dev": Model(FAMILIES["flux.1-dev"].call | {"num_inference_steps": 10}, **_GPU),

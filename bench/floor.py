@@ -163,7 +163,7 @@ def measured(device: torch.device | str) -> Rates:
     # Written first: pages that never were are all one page of zeros, in cache.
     source = torch.ones(2**31 if cuda else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    query = torch.randn(1, 24 if cuda else 4, 4608 if cuda else 512, 128 if cuda else 40, device=device, dtype=dtype)
+    query = torch.randn(1, 24 if cuda else 3, 4608 if cuda else 512, 128 if cuda else 64, device=device, dtype=dtype)
     length = query.shape[-2]
     with torch.no_grad(), fast_linears(layer):  # as previews run them
         matrix = 2 * n**3 / fastest(lambda: layer(inputs))

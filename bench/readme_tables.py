@@ -107,7 +107,7 @@ def measured(results: Results) -> dict[str, Any] | None:
 
 def gains(results: Results) -> str:
     """The table of searches."""
-    figures = measured(results)
+    figures = measured([each for each in results if "search" in each])
     return embedded.search_table(figures) + "\n" if figures else NOTHING
 
 

@@ -38,7 +38,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 PROMPT = "two red squares left of three blue rings"
 BATCH = 10
 SIZES = [
-    pytest.param(128, id="10x128x128: the embedded model's"),
+    pytest.param(128, id="10x128x128: the embedded model's half-size previews"),
     pytest.param(512, id="10x512x512: half-size previews"),
     pytest.param(1024, id="10x1024x1024: full-size previews"),
 ]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ from ses_fast import embedded
 from ses_fast.rewards.hps import HPSReward
 
 PROMPT = "two red squares left of three blue rings"
-SHORT = end_to_end.Model({"num_inference_steps": 1}, level=1, device="cpu", dtype=torch.float32, budget=12, rounds=1)
+SMALL = {"num_inference_steps": 1, "height": 128, "width": 128}  # half the size that the model draws by itself
+SHORT = end_to_end.Model(SMALL, level=1, device="cpu", dtype=torch.float32, budget=12, rounds=1)
 TOLERANCE = {"counted": 0.02, "hps": 1e-5}
 
 
@@ -302,14 +304,31 @@ FIGURES = {
 }
 
 
+def test_the_embedded_models_measures_by_hand():
+    from bench import embedded as measures
+
+    rows = [
+        {"score": [1.0, 2.0, 3.0, 4.0], "other": [2.0, 4.0, 6.0, 8.0], "right": [False, False, True, True]},
+        {"score": [5.0, 3.0, 4.0, 2.0], "other": [-5.0, -3.0, -4.0, -2.0], "right": [True, False, True, False]},
+    ]
+    assert measures.auc_within(rows, "score") == 1 and measures.auc_within(rows, "other") == 0.5
+    # around their means the first's products are 10, the second's -5; the squares are 5 + 5 and 20 + 5
+    assert measures.correlation_within(rows, "score", "other") == pytest.approx(5 / 250**0.5)
+    assert measures.rank_correlation_within(rows, "score", "other") == pytest.approx(0)
+    scores = [0.0] * 10 + [1.0] * 10
+    gain = measures.gain_of_more([{"score": scores}])
+    assert gain == pytest.approx(0.5 / np.std(scores, ddof=1))
+
+
 def test_the_readmes_gains():
     old = FIGURES | {"environment": ABOUT | {"date": "2025-01-01"}, "seconds": 1.0}
     assert "| SES | 40.500 | 0.890 |" in readme_tables.gains([FIGURES, old])
     assert "one noise right" not in readme_tables.gains([FIGURES])
+    assert readme_tables.gains([{key: FIGURES[key] for key in ("environment", "headroom")}]) == readme_tables.NOTHING
     text = readme_tables.gains_and_headroom([FIGURES, old])
     for part in (
         "Some CPU, 2026-01-01, commit abc; 200 captions, 1018 seconds",
-        "| one noise right | 0.350 |",
+        "| one noise right | 0.350 | at least 0.05, at most 0.25 | no |",
         "| SES |",
     ):
         assert part in text

@@ -418,7 +418,7 @@ def test_the_module_is_the_same_command():
 def test_the_embedded_model(tmp_path, capsys):
     """The real thing, small: model, reward, search and pictures."""
     held_out = ("--report-reward", "embedded_heldout", "--report-reward", "embedded")
-    generate("--budget", 2, "--steps", 2, "--seed", 1, *held_out, "--out", tmp_path)
+    generate("--budget", 2, "--steps", 2, "--seed", 1, "--height", 128, *held_out, "--out", tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     held, other = result["held_out"]["embedded"], result["held_out"]["embedded_heldout"]
     assert [held["base"], held["answer"]] == pytest.approx([result["base_score"], result["score"]], abs=1e-3)
@@ -426,6 +426,6 @@ def test_the_embedded_model(tmp_path, capsys):
     assert f"held out     embedded: base {held['base']:.2f}, best {held['answer']:.2f}\n" in capsys.readouterr().out
     assert result["evaluations"] == 2 and result["score"] == max(score["score"] for score in result["scores"])
     pictures = {name: np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("base", "image")}
-    assert {picture.shape for picture in pictures.values()} == {(128, 128, 3)}
+    assert {picture.shape for picture in pictures.values()} == {(128, 256, 3)}
     improved = result["score"] > result["base_score"]
     assert improved != np.array_equal(pictures["base"], pictures["image"])

@@ -12,6 +12,7 @@ from PIL import Image
 from ses_fast import embedded
 from ses_fast.embedded import models, train, world
 
+SMALL = {"height": 128, "width": 128}
 SCENE = world.Scene(world.Group(2, "red", "square"), "left of", world.Group(3, "blue", "ring"))
 CAPTION = "two red squares left of three blue rings"
 
@@ -25,7 +26,7 @@ def picture(scene: world.Scene, size: int = 128, seed: int = 0) -> Image.Image:
 
 def test_captions_are_many_and_the_held_out_ones_are_never_trained_on():
     trained, held_out = embedded.captions(heldout=False), embedded.captions()
-    assert len(set(trained)) == 9320 and len(set(held_out)) == 200
+    assert len(set(trained)) == 16882 and len(set(held_out)) == 200
     assert not set(trained) & set(held_out)
     assert not set(trained) & {str(scene.mirrored) for scene in world.split_scenes()[1]}
     assert held_out == embedded.captions()
@@ -60,7 +61,7 @@ def test_a_caption_is_read_back_as_its_scene():
         pytest.param("two red square left of three blue rings", id="singular-of-two"),
         pytest.param("one red squares left of three blue rings", id="plural-of-one"),
         pytest.param("two red squares left of three red rings", id="one-colour"),
-        pytest.param("four red squares left of three blue rings", id="unknown-number"),
+        pytest.param("five red squares left of three blue rings", id="unknown-number"),
         pytest.param("two pink squares left of three blue rings", id="unknown-colour"),
         pytest.param("two red circles left of three blue rings", id="unknown-shape"),
         pytest.param("two red squares beside three blue rings", id="unknown-relation"),
@@ -119,6 +120,19 @@ def test_merged_objects_are_not_two():
     assert not facts["first count"] and not facts["shapes"] and facts["second count"] and facts["relation"]
 
 
+def test_two_crosses_that_share_an_arm_are_no_cross():
+    image = np.array(picture(world.parse("one red square above one blue cross"), 256))
+    rows, columns = np.nonzero((image == world.COLOURS["blue"]).all(-1))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    cross = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].copy()
+    image[:] = world.BACKGROUND
+    for left in (60, 60 + width // 2):
+        patch = image[100 : 100 + height, left : left + width]
+        patch[(cross == world.COLOURS["blue"]).all(-1)] = world.COLOURS["blue"]
+    facts = embedded.judge(Image.fromarray(image), "one red square above one blue cross")
+    assert not facts["shapes"] and [each.shape for each in world.see(image)] == [None]
+
+
 def test_the_oracle_takes_tensors_and_refuses_the_rest():
     image = picture(SCENE)
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
@@ -138,9 +152,10 @@ def test_the_oracle_takes_tensors_and_refuses_the_rest():
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def _toy(monkeypatch, steps: int = 12):
+def _toy(monkeypatch, steps: int = 12, **more):
     """A linear fit through the real loop, and a record of the losses it saw."""
-    monkeypatch.setitem(train.STAGES, "toy", train.Settings(steps=steps, batch=4, lr=0.05, seed=5, ema=0.9, warmup=2))
+    settings = train.Settings(steps=steps, batch=4, lr=0.05, seed=5, ema=0.9, warmup=2, **more)
+    monkeypatch.setitem(train.SETTINGS, "toy", settings)
 
     monkeypatch.setattr(train, "LOG_STEPS", 2)
 
@@ -171,7 +186,10 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
         fit(tmp_path / "parts", stop_after=5)
     resumed, rest = fit(tmp_path / "parts")
     assert rest == losses[4:]
-    assert (tmp_path / "parts/toy.jsonl").read_text() == (tmp_path / "whole/toy.jsonl").read_text()
+    logs = [(tmp_path / run / "toy.jsonl").read_text().splitlines() for run in ("parts", "whole")]
+    assert [json.loads(line) | {"seconds": 0} for line in logs[0]] == [
+        json.loads(line) | {"seconds": 0} for line in logs[1]
+    ]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert losses[-1] < losses[0]
 
@@ -180,6 +198,34 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
     _toy(monkeypatch, steps=2)(tmp_path)
     with pytest.raises(ValueError, match="was made with"):
         _toy(monkeypatch, steps=4)(tmp_path)
+
+
+def test_a_training_at_a_constant_rate_can_be_made_longer(tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole, losses = _toy(monkeypatch, steps=8, final_lr=1.0)(tmp_path / "whole")
+    _toy(monkeypatch, steps=4, final_lr=1.0)(tmp_path / "parts")
+    longer, rest = _toy(monkeypatch, steps=8, final_lr=1.0)(tmp_path / "parts")
+    assert rest == losses[4:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), longer.parameters(), strict=True))
+
+
+def test_a_stage_is_made_after_those_that_it_needs(monkeypatch):
+    order = []
+    for name, stage in train.STAGES.items():
+        make = lambda run, *needed, name=name: order.append((name, *needed)) or name  # noqa: E731
+        monkeypatch.setitem(train.STAGES, name, train.Stage(make, stage.needs))
+    train.train(["model"], None)
+    assert order == [
+        ("autoencoder",),
+        ("latents", "autoencoder"),
+        ("teacher", "latents"),
+        ("model", "latents", "teacher"),
+    ]
+    order.clear()
+    assert train.train(["reward"], None) == {"reward": "reward"} and order == [("reward",)]
+    train.train(train.STAGES, None)
+    assert order[-1] == ("export", "autoencoder", "model", "reward", "heldout")
 
 
 def test_data_of_other_inputs_is_refused(tmp_path):
@@ -246,7 +292,7 @@ def test_the_weights_are_small_and_fp16_and_their_settings_are_those_of_the_scri
                 t.dtype in (torch.float16, torch.int64) and t.float().isfinite().all() for t in load_file(path).values()
             )
     recorded = json.loads((embedded.WEIGHTS / "training.json").read_text())
-    assert recorded == {name: train.asdict(settings) for name, settings in train.STAGES.items()}
+    assert recorded == {name: train.asdict(settings) for name, settings in train.SETTINGS.items()}
 
 
 @pytest.mark.parametrize(("size", "count"), [(128, 128), (256, 48)])
@@ -265,8 +311,34 @@ def test_the_pipeline_draws_a_trained_size_unless_told_otherwise(pipe):
 
     assert isinstance(pipe, ZImagePipeline)
     silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
-    assert pipe(CAPTION, **silent).size == (128, 128)
+    assert pipe(CAPTION, **silent).size == (256, 256)
     assert pipe(CAPTION, height=96, width=160, **silent).size == (160, 96)
+
+
+def test_the_schedule_s_shift_grows_with_the_size(pipe):
+    """Half the size at half the shift follows the same noise; a shift that is given stays."""
+    silent = {"num_inference_steps": 3, "progress_bar_cmd": lambda steps: steps, "seed": 0}
+    shifts = {}
+    for size in (128, 256):
+        pipe(CAPTION, height=size, width=size, **silent)
+        second = pipe.scheduler.sigmas[1].item()
+        shifts[size] = second / (1 - second) / 2  # of two thirds: sigma / (1 - sigma) = shift * 2
+    assert shifts[256] == pytest.approx(2 * shifts[128], rel=1e-4) and shifts[256] == pytest.approx(5, rel=1e-4)
+    pipe(CAPTION, **SMALL, sigma_shift=3.0, **silent)
+    second = pipe.scheduler.sigmas[1].item()
+    assert second / (1 - second) / 2 == pytest.approx(3, rel=1e-4)
+
+
+def test_half_the_image_has_half_the_latents(pipe):
+    """So a preview of half the size, from the low band of the noise, draws the same image."""
+    caption = embedded.captions()[0]
+    image = torch.from_numpy(np.array(picture(world.parse(caption), 256))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae_encoder(image)
+        half = torch.nn.functional.avg_pool2d(latents, 2)
+        encoded = pipe.vae_encoder(torch.nn.functional.avg_pool2d(image, 2))
+        assert (encoded - half).square().mean() < 0.15 * half.square().mean()
+        assert embedded.judge(pipe.vae_decoder(half), caption)["all"]
 
 
 def test_a_size_beyond_its_positions_is_refused(pipe):
@@ -277,7 +349,7 @@ def test_a_size_beyond_its_positions_is_refused(pipe):
 def test_more_words_than_it_has_positions_for_are_refused(pipe):
     silent = {"num_inference_steps": 1, "progress_bar_cmd": lambda steps: steps, "seed": 0}
     most = " ".join(["red"] * 200)
-    assert pipe(most, **silent).size == (128, 128)
+    assert pipe(most, **SMALL, **silent).size == (128, 128)
     with pytest.raises(ValueError, match="reads up to 200 words, got 201"):
         pipe(f"{most} red", **silent)
     with pytest.raises(ValueError, match="reads up to 200 words, got 201"):
@@ -290,7 +362,7 @@ def test_arguments_by_position_go_where_the_stock_call_has_them():
     pipe = ses_fast.enable(embedded.load_pipeline())
     names = list(inspect.signature(type(pipe).__mro__[3].__call__).parameters)
     assert names[1:4] == ["prompt", "negative_prompt", "cfg_scale"]
-    silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 3, "enable_ses": True}
+    silent = SMALL | {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 3, "enable_ses": True}
     silent |= {"ses_reward_model": lambda images, prompt: images.mean((1, 2, 3)), "ses_eval_budget": 2}
     silent |= {"ses_inference_steps": 2, "ses_config": ses_fast.SESConfig(progress=False)}
     by_name = pipe(CAPTION, negative_prompt="", cfg_scale=2.0, **silent)
@@ -307,7 +379,7 @@ def test_words_it_never_saw_are_warned_of(pipe, recwarn):
 
 
 def test_guidance_and_an_empty_prompt_work(pipe):
-    silent = {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
+    silent = SMALL | {"num_inference_steps": 2, "progress_bar_cmd": lambda steps: steps, "seed": 0}
     plain, guided = pipe(CAPTION, **silent), pipe(CAPTION, cfg_scale=2.0, **silent)
     assert np.abs(np.array(plain, int) - np.array(guided, int)).max() > 10
     empty = pipe("", **silent)
@@ -330,3 +402,53 @@ def test_the_two_rewards_are_two():
     image = torch.from_numpy(np.array(picture(SCENE))).permute(2, 0, 1)[None] / 127.5 - 1
     one, other = (embedded.load_reward(heldout=h)(image, CAPTION).item() for h in (False, True))
     assert one != other
+
+
+# --- the reward without a ceiling ---------------------------------------------------------------------------------
+
+
+def test_the_jpeg_reward_is_the_size_of_pillow_s_file(tmp_path):
+    images = torch.stack([torch.from_numpy(np.array(picture(SCENE, 128, seed))).permute(2, 0, 1) for seed in (0, 1)])
+    images = torch.cat([(images + 0.5) / 127.5 - 1, 1.5 * torch.randn(1, 3, 128, 128).sign()])
+    scores = embedded.load_reward("jpeg")(images, CAPTION)
+    assert scores.shape == (3,) and scores.dtype == torch.float32
+    for image, score in zip(images, scores, strict=True):
+        Image.fromarray(world._to_uint8(image)).save(tmp_path / "image.jpg", quality=95)
+        assert score.item() == pytest.approx(-(tmp_path / "image.jpg").stat().st_size / 1000, abs=1e-6)
+    assert scores[2] < scores[:2].min()  # noise is large
+
+
+def test_a_search_for_small_files_returns_the_image_it_scored():
+    import ses_fast
+
+    pipe = ses_fast.enable(embedded.load_pipeline())
+    reward = embedded.load_reward("jpeg")
+    call = SMALL | {"num_inference_steps": 2, "ses_inference_steps": 2, "progress_bar_cmd": lambda steps: steps}
+    image = pipe(
+        CAPTION,
+        seed=3,
+        enable_ses=True,
+        ses_reward_model=reward,
+        ses_eval_budget=3,
+        ses_config=ses_fast.SESConfig(progress=False),
+        **call,
+    )
+    levels = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] + 0.5) / 127.5 - 1
+    assert reward(levels).item() == pytest.approx(pipe.ses_result.score, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        pytest.param({"name": "png"}, "'clip' and 'jpeg'", id="unknown"),
+        pytest.param({"name": "jpeg", "heldout": True}, "no held-out one", id="heldout"),
+    ],
+)
+def test_other_rewards_are_refused(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        embedded.load_reward(**arguments)
+
+
+def test_the_jpeg_reward_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"must be \(n, 3, H, W\)"):
+        embedded.load_reward("jpeg")(torch.zeros(3, 8, 8))

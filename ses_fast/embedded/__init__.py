@@ -17,7 +17,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def captions(heldout: bool = True) -> list[str]:
-    """The 200 captions never trained on, or the 9,320 that were; always in the same order."""
+    """The 200 captions never trained on, or the 16,882 that were; always in the same order."""
     from .world import split_scenes
 
     train, held_out = split_scenes()
@@ -37,7 +37,7 @@ def judge(image: Any, caption: str) -> dict[str, bool]:
 
 
 def load_pipeline(device: torch.device | str = "cpu", torch_dtype: torch.dtype = torch.float32) -> "EmbeddedPipeline":
-    """The trained `ZImagePipeline`, ready for `ses_fast.enable`. It draws 128x128 when no size is named; 256x256 was
+    """The trained `ZImagePipeline`, ready for `ses_fast.enable`. It draws 256x256 when no size is named; 128x128 was
     trained too. Raises ImportError, naming the extra, where diffsynth is missing.
     """
     from .pipeline import load
@@ -45,8 +45,26 @@ def load_pipeline(device: torch.device | str = "cpu", torch_dtype: torch.dtype =
     return load(WEIGHTS, device, torch_dtype)
 
 
-def load_reward(heldout: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The CLIP reward to search with or, `heldout`, one trained on other pictures from another seed, to judge with."""
+def load_reward(
+    name: str = "clip", heldout: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """A reward to search with: callable(images, prompt) -> scores.
+
+    name: "clip", how well the image fits its caption; `heldout`, one trained on other pictures from another seed, to
+        judge with. Or "jpeg", minus the image's size as a JPEG in kilobytes: it knows no caption and has no ceiling.
+    device, dtype: of "clip".
+
+    Raises ValueError for another name, and for heldout=True with "jpeg"; ImportError, naming the extra, where a
+    package is missing.
+    """
+    if name == "jpeg":
+        if heldout:
+            raise ValueError('the reward "jpeg" is not trained: there is no held-out one')
+        from .jpeg import JPEGReward
+
+        return JPEGReward()
+    if name != "clip":
+        raise ValueError(f"the embedded model's rewards are 'clip' and 'jpeg', got {name!r}")
     from ..rewards import load_reward as load
 
     return load("clip", WEIGHTS / ("heldout" if heldout else "reward"), device=device, dtype=dtype)

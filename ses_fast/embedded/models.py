@@ -14,12 +14,22 @@ CAPTION_WIDTH = 128  # the text encoder's features
 CAPTION_LENGTH = 32  # ZImageDiT pads captions to a multiple of 32 anyway
 LATENT_CHANNELS = 16
 DOWNSCALE = 8
+REWARD_PIXELS = 96
 SPECIAL_TOKENS = (
     "<pad>",
     "<unk>",
     "<bos>",
     "<eos>",
 )  # <eos> is not 2: transformers' CLIP gives 2 an old meaning
+
+
+def sigma_shift(height: int, width: int) -> float:
+    """The schedule's shift for a size in pixels: twice the shift for twice the size, so 5 at 256x256, 2.5 at 128x128.
+
+    A low band of Haar's wavelet (half the sum of four) makes white noise white noise again, and smooth latents twice
+    those of the image at half the size: what is lost in noise at one size is then lost in noise at the other too.
+    """
+    return 5 * (height * width) ** 0.5 / 256
 
 
 class _Residual(nn.Module):
@@ -138,20 +148,20 @@ def build_tokenizer():
 
 
 def build_dit() -> nn.Module:
-    """DiffSynth's `ZImageDiT` with 3.3 M parameters, every one of them initialised."""
+    """DiffSynth's `ZImageDiT` with 4.5 M parameters, every one of them initialised."""
     declare_torchvision_ops()
     try:
         from diffsynth.models.z_image_dit import ZImageDiT
     except ModuleNotFoundError as error:
         raise missing_extra("diffsynth", "embedded") from error
     dit = ZImageDiT(
-        dim=160,
+        dim=192,
         n_layers=5,
         n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
+        n_heads=3,
+        n_kv_heads=3,
         cap_feat_dim=CAPTION_WIDTH,
-        axes_dims=[8, 16, 16],
+        axes_dims=[16, 24, 24],
         axes_lens=[256, 64, 64],
     )
     for name, parameter in dit.named_parameters():
@@ -169,7 +179,7 @@ def build_dit() -> nn.Module:
 
 
 def build_clip() -> nn.Module:
-    """A transformers `CLIPModel` with 1.2 M parameters for 64x64 images."""
+    """A transformers `CLIPModel` with 1.2 M parameters for REWARD_PIXELS x REWARD_PIXELS images."""
     declare_torchvision_ops()
     try:
         from transformers import CLIPConfig, CLIPModel
@@ -185,5 +195,5 @@ def build_clip() -> nn.Module:
         "bos_token_id": SPECIAL_TOKENS.index("<bos>"),
         "eos_token_id": SPECIAL_TOKENS.index("<eos>"),
     }
-    vision = {"intermediate_size": 384, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8}
+    vision = {"intermediate_size": 384, "num_hidden_layers": 5, "image_size": REWARD_PIXELS, "patch_size": 12}
     return CLIPModel(CLIPConfig(text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=96))

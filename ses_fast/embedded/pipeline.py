@@ -19,9 +19,9 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "diffsynth", "embedded") from error
 
-from . import models, world  # noqa: E402  (after the mend)
+from . import models, world  # noqa: E402  (after the declaration)
 
-SIZE = 128
+SIZE = 256  # and 128, for previews of half the size
 LARGEST = 1024  # the positions that the denoiser knows, in pixels
 MOST_WORDS = 200  # and in words; it was trained on captions of a dozen
 
@@ -31,13 +31,16 @@ class EmbeddedPipeline(ZImagePipeline):
 
     @functools.wraps(ZImagePipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `ZImagePipeline.__call__`, but for the default height and width. Warns of words it has never seen.
+        """As `ZImagePipeline.__call__`, but for the default height, width and sigma_shift (`models.sigma_shift` of the
+        size). Warns of words it has never seen.
 
         Raises ValueError above LARGEST pixels or MOST_WORDS words.
         """
         call = inspect.signature(super().__call__).bind(*args, **kwargs)
         call.arguments = {"height": SIZE, "width": SIZE} | call.arguments
         check_size(call.arguments["height"], call.arguments["width"])
+        if call.arguments.get("sigma_shift") is None:
+            call.arguments["sigma_shift"] = models.sigma_shift(call.arguments["height"], call.arguments["width"])
         for text in (call.arguments.get("prompt"), call.arguments.get("negative_prompt")):
             if isinstance(text, str):
                 check_words(text)
@@ -62,7 +65,7 @@ def check_size(height: int, width: int) -> None:
     """Raises ValueError for a size that the model cannot draw."""
     if max(height, width) > LARGEST:
         raise ValueError(
-            f"the embedded model draws up to {LARGEST}x{LARGEST} pixels, and was trained on 128x128 and 256x256; "
+            f"the embedded model draws up to {LARGEST}x{LARGEST} pixels, and was trained on 256x256 and 128x128; "
             f"got {height}x{width}"
         )
 

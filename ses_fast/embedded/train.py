@@ -10,19 +10,19 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from . import models, world
@@ -30,6 +30,15 @@ from . import models, world
 CHECKPOINT_SECONDS = 240
 LOG_STEPS = 50
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training keeps its files, and how it computes."""
+
+    folder: Path
+    device: torch.device
+    compile: bool = False  # the denoiser's blocks
 
 
 @dataclass(frozen=True)
@@ -42,22 +51,25 @@ class Settings:
     seed: int
     weight_decay: float = 0.01
     warmup: int = 100
-    final_lr: float = 0.02  # of lr, reached linearly
+    final_lr: float = 0.02  # of lr, reached linearly; with 1 the rate is constant, and `steps` may be raised later
     ema: float = 0.0
     muon: bool = False  # for the matrices; AdamW for the rest
 
 
-STAGES = {
-    "autoencoder": Settings(steps=2200, batch=48, lr=2e-3, seed=1, weight_decay=1e-4),
-    "reward": Settings(steps=3200, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
-    "heldout": Settings(steps=1500, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
-    "teacher": Settings(steps=6000, batch=64, lr=2e-3, seed=3, ema=0.998, muon=True),
-    "model": Settings(steps=1000, batch=64, lr=7e-4, seed=4, ema=0.98, muon=True),
+SETTINGS = {
+    "autoencoder": Settings(steps=2400, batch=48, lr=2e-3, seed=1, weight_decay=1e-4),
+    "reward": Settings(steps=1800, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
+    "heldout": Settings(steps=800, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
+    "teacher": Settings(steps=1450, batch=64, lr=2e-3, seed=3, final_lr=1.0, ema=0.998, muon=True),
+    "model": Settings(steps=240, batch=64, lr=7e-4, seed=4, warmup=20, ema=0.98, muon=True),
 }
-MODEL_SIZES = {128: 32_000, 256: 6_000}  # pixels: how many encoded scenes
-TEACHER_LARGE_FROM = 0.6  # of its steps; from here on every second batch is of the larger size
-GUIDANCE = 2.0  # the teacher's, that the model learns
+MODEL_SIZES = {128: 16_000, 256: 16_000}  # pixels: how many encoded scenes
+TEACHER_LARGE_FROM = 500  # its first step at the larger size; from here on three batches of four are
+GUIDANCE = 1.5  # the teacher's, that the model learns
 REWARD_SCENES = 40_000
+FACTS_COUNT = len(world.NUMBERS) + 1  # how many of a colour there can be: none, one, ...
+LATENT_NOISE = 0.1  # on the latents while the autoencoder is trained: what the denoiser gets wrong is to do little
+EQUIVARIANCE = 0.5  # weight of: encode(half the image) = half the latents. It makes the latents smooth (EQ-VAE)
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance has a meaning
 
 
@@ -67,102 +79,85 @@ CAPTION_DROPOUT = 0.1  # so that classifier-free guidance has a meaning
 def fit(name: str, module: Any, loss_of: Callable[[int], tuple[Tensor, dict]], run: Path) -> Any:
     """Trains `module` on `loss_of(step)` -> (loss, figures to log) and returns it (its average, where ema > 0).
 
-    Writes run/<name>.safetensors (weights, average, optimiser, step, settings) every few minutes and at the end, and
-    a line of figures to run/<name>.jsonl every LOG_STEPS steps. Raises ValueError for a checkpoint of other settings.
+    Writes run/<name>.pt (weights, average, optimisers, step, settings) every few minutes and at the end, and a line of
+    figures to run/<name>.jsonl every LOG_STEPS steps. Raises ValueError for a checkpoint of other settings; where the
+    rate is constant it may have been made for another number of steps.
     """
-    settings = STAGES[name]
+    settings = SETTINGS[name]
     device = next(module.parameters()).device
-    matrices = [p for p in module.parameters() if p.ndim == 2]
-    others = [p for p in module.parameters() if p.ndim != 2]
-    optimisers: list[torch.optim.Optimizer]
-    if settings.muon:
-        optimisers = [
-            torch.optim.Muon(
-                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, settings.lr, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-    else:
-        optimisers = [
-            torch.optim.AdamW(module.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
-        ]
-    average = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    path = run / f"{name}.safetensors"
-    first = _load_checkpoint(path, settings, module, average, optimisers)
-    log = run / f"{name}.jsonl"
-    if log.exists():  # what came after the checkpoint is done again
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
-        log.write_text("".join(line + "\n" for line in kept))
+    optimisers: list[Any] = _optimisers(module, settings)
+    schedules: list[Any] = [LambdaLR(optimiser, partial(_schedule, settings)) for optimiser in optimisers]
+
+    def lerp(average: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
+        decay = min(settings.ema, (1 + int(updates)) / (20 + int(updates)))
+        return average.lerp_(now, 1 - decay)
+
+    average = AveragedModel(module, avg_fn=lerp)
+    path, log, first = run / f"{name}.pt", run / f"{name}.jsonl", 0
+    if path.exists():
+        kept = torch.load(path, map_location=device, weights_only=True)
+        _check_same(path, _what_decides(kept["settings"]), _what_decides(asdict(settings)))
+        module.load_state_dict(kept["module"])
+        average.load_state_dict(kept["average"])
+        for each, state in zip((*optimisers, *schedules), kept["optimisers"] + kept["schedules"], strict=True):
+            each.load_state_dict(state)
+        first = kept["step"]
+    lines = log.read_text().splitlines() if log.exists() else []
+    lines = [line for line in lines if json.loads(line)["step"] <= first]  # what came later is done again
+    log.write_text("".join(line + "\n" for line in lines))
+    begin = time.monotonic() - (json.loads(lines[-1])["seconds"] if lines else 0)
     saved, running = time.monotonic(), []
-    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=name, mininterval=5)
-    for step in bar:
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = settings.lr * _schedule(step, settings)
+    for step in (
+        bar := tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=name, mininterval=5)
+    ):
         with torch.autocast(device.type, torch.bfloat16):
             loss, figures = loss_of(step)
-        for optimiser in optimisers:
-            optimiser.zero_grad()
+        module.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        with torch.no_grad():
-            decay = min(settings.ema, (1 + step) / (20 + step))
-            for key, value in module.state_dict().items():
-                average[key].lerp_(value, 1 - decay) if value.is_floating_point() else average[key].copy_(value)
+        for each in (*optimisers, *schedules):
+            each.step()
+        average.update_parameters(module)
         running.append({"loss": loss.item(), **figures})
         last = step + 1 == settings.steps
         if (step + 1) % LOG_STEPS == 0 or last:
-            means = {key: round(float(np.mean([r[key] for r in running])), 4) for key in running[0]}
+            means = {key: round(float(np.mean([each[key] for each in running])), 4) for key in running[0]}
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, **means}) + "\n")
+                file.write(json.dumps({"step": step + 1, "seconds": round(time.monotonic() - begin), **means}) + "\n")
             bar.set_postfix(means)
             running = []
             if last or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                _save_checkpoint(path, step + 1, settings, module, average, optimisers)
+                state = {"step": step + 1, "settings": asdict(settings), "module": module.state_dict()}
+                state |= {"average": average.state_dict(), "optimisers": [each.state_dict() for each in optimisers]}
+                state |= {"schedules": [each.state_dict() for each in schedules]}
+                torch.save(state, path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)  # a kill while writing leaves the last checkpoint whole
                 saved = time.monotonic()
-    module.load_state_dict(average)
+    if settings.ema:
+        module.load_state_dict(average.module.state_dict())
     return module.eval()
 
 
-def _schedule(step: int, settings: Settings) -> float:
+def _optimisers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    betas = (0.9, 0.98)
+    if not settings.muon:
+        return [torch.optim.AdamW(module.parameters(), settings.lr, betas, weight_decay=settings.weight_decay)]
+    matrices = [p for p in module.parameters() if p.ndim == 2]
+    others = [p for p in module.parameters() if p.ndim != 2]
+    return [
+        torch.optim.Muon(matrices, settings.lr, settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, settings.lr, betas, weight_decay=0.0),
+    ]
+
+
+def _schedule(settings: Settings, step: int) -> float:
     decay = 1 - step / settings.steps
     return min(1.0, (step + 1) / settings.warmup) * (settings.final_lr + (1 - settings.final_lr) * decay)
 
 
-def _save_checkpoint(
-    path: Path, step: int, settings: Settings, module: nn.Module, average: dict, optimisers: list
-) -> None:
-    tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.items()}
-    for number, optimiser in enumerate(optimisers):
-        for index, state in optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{number}.{index}.{k}": v for k, v in state.items()}
-    part = path.with_suffix(".part")
-    about = {"step": str(step), "settings": json.dumps(asdict(settings))}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part, about)
-    part.replace(path)  # a kill while writing leaves the last checkpoint whole
-
-
-def _load_checkpoint(path: Path, settings: Settings, module: nn.Module, average: dict, optimisers: list) -> int:
-    """Restores everything in place and returns the next step; 0 where there is no checkpoint."""
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-    _check_same(path, json.loads(about["settings"]), asdict(settings))
-    tensors = load_file(path)
-    module.load_state_dict(_under(tensors, "module"))
-    for key, value in _under(tensors, "average").items():
-        average[key].copy_(value)
-    for number, optimiser in enumerate(optimisers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under(tensors, f"optimiser.{number}").items():
-            index, field = key.split(".", 1)
-            state.setdefault(int(index), {})[field] = value
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return int(about["step"])
+def _what_decides(settings: dict) -> dict:
+    """The settings, without the number of steps where no step depends on it: such a training can be made longer."""
+    return {key: value for key, value in settings.items() if key != "steps" or settings["final_lr"] != 1}
 
 
 def _check_same(path: Path, was: dict, now: dict) -> None:
@@ -175,10 +170,6 @@ def _is_kept(note: Path, inputs: dict) -> bool:
     if note.exists():
         _check_same(note, json.loads(note.read_text()), inputs)
     return note.exists()
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
 
 
 def _rng(seed: int, step: int) -> np.random.Generator:
@@ -204,23 +195,30 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = models.Encoder(), models.Decoder()
 
 
-def train_autoencoder(run: Path, device: torch.device) -> Autoencoder:
+def train_autoencoder(run: Run) -> Autoencoder:
     """Trains it and measures its latents' mean and deviation, which it then carries."""
-    settings = STAGES["autoencoder"]
+    settings = SETTINGS["autoencoder"]
     torch.manual_seed(settings.seed)
-    module = Autoencoder().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    device, module = run.device, Autoencoder().to(run.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scenes, _ = world.split_scenes()
 
-    def loss_of(step: int) -> tuple[Tensor, dict]:
-        image = _to_unit(_crops(scenes, _rng(settings.seed, step), settings.batch), device)
-        image = image.contiguous(memory_format=torch.channels_last)
-        latents = module.encoder(image).float()
-        noise = torch.randn(latents.shape, generator=_torch_rng(settings.seed, step)).to(device)
-        error = module.decoder(latents + 0.05 * noise).float() - image
-        loss = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
-        return loss, {"latent_std": latents.std().item()}
+    def reconstruction(latents: Tensor, image: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        error = module.decoder(latents + LATENT_NOISE * noise).float() - image
+        return error.abs().mean() + error.square().mean()
 
-    fit("autoencoder", module, loss_of, run)
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        rng, generator = _rng(settings.seed, step), _torch_rng(settings.seed, step)
+        image = _to_unit(_crops(scenes, rng, settings.batch), device).contiguous(memory_format=torch.channels_last)
+        latents = module.encoder(image).float()
+        factor = 4 if rng.random() < 0.25 else 2
+        small_image, small_latents = F.avg_pool2d(image, factor), F.avg_pool2d(latents, factor)
+        equivariance = (module.encoder(small_image).float() - small_latents).square().mean()
+        loss = reconstruction(latents, image, generator) + reconstruction(small_latents, small_image, generator)
+        loss = loss + EQUIVARIANCE * equivariance + 1e-3 * latents.square().mean()
+        return loss, {"equivariance": equivariance.item(), "latent_std": latents.std().item()}
+
+    fit("autoencoder", module, loss_of, run.folder)
     rng = _rng(settings.seed, settings.steps)
     drawn = np.stack([world.draw(scenes[rng.integers(len(scenes))], rng) for _ in range(512)])
     with torch.no_grad():
@@ -246,16 +244,14 @@ def _crops(scenes: list, rng: np.random.Generator, count: int, side: int = 64) -
 # --- latents: the scenes that the model is trained on, encoded once ---------------------------------------------
 
 
-def encode_scenes(
-    run: Path, autoencoder: Autoencoder, device: torch.device
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def encode_scenes(run: Run, autoencoder: Autoencoder) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """{pixels: (latents [n, 16, h, w] fp16, scene index [n])}, kept in `run` as .npy."""
     scenes, _ = world.split_scenes()
     data = {}
     for size, count in MODEL_SIZES.items():
-        latents_path, scenes_path = run / f"latents{size}.npy", run / f"scenes{size}.npy"
-        note, seed = run / f"latents{size}.json", STAGES["teacher"].seed
-        inputs = {"autoencoder": asdict(STAGES["autoencoder"]), "seed": seed, "scenes": count}
+        latents_path, scenes_path = run.folder / f"latents{size}.npy", run.folder / f"scenes{size}.npy"
+        note, seed = run.folder / f"latents{size}.json", SETTINGS["teacher"].seed
+        inputs = {"autoencoder": asdict(SETTINGS["autoencoder"]), "seed": seed, "scenes": count}
         if not _is_kept(note, inputs):
             side = size // models.DOWNSCALE
             shape = (count, models.LATENT_CHANNELS, side, side)
@@ -265,8 +261,8 @@ def encode_scenes(
             for start in tqdm(range(0, count, 64), desc=f"latents {size}", mininterval=5):
                 chosen = index[start : start + 64]
                 drawn = np.stack([world.draw(scenes[i], rng, size) for i in chosen])
-                image = _to_unit(drawn, device).contiguous(memory_format=torch.channels_last)
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                image = _to_unit(drawn, run.device).contiguous(memory_format=torch.channels_last)
+                with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
                     encoded = autoencoder.encoder(image)
                 latents[start : start + 64] = encoded.float().cpu().numpy()
             latents.flush()
@@ -287,6 +283,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.text_encoder, self.dit = models.TextEncoder(), models.build_dit()
+        self.block: Callable[..., Tensor] = _block  # or what torch.compile made of it
 
     def forward(
         self,
@@ -309,27 +306,76 @@ class Model(nn.Module):
         )
         image = dit.all_x_embedder["2-1"](image)  # [B, h*w/4, D]
         for layer in dit.noise_refiner:
-            image = layer(image, None, rope_image, time)
+            image = self.block(layer, image, rope_image, time)
 
         text = dit.cap_embedder(self.text_encoder(ids, mask).hidden_states[-2])  # [B, 32, D]
         text = torch.where(mask.bool()[..., None], text, dit.cap_pad_token.to(text.dtype))
         for layer in dit.context_refiner:
-            text = layer(text, None, rope_text)
+            text = self.block(layer, text, rope_text, None)
 
-        both, rope = torch.cat([image, text], 1), torch.cat([rope_image, rope_text], 1)
+        both, rope = torch.cat([image, text], 1), torch.cat([rope_image, rope_text], 2)
         for layer in dit.layers:
-            both = layer(both, None, rope, time)
-        patches = dit.all_final_layer["2-1"](both, time)[:, : image.shape[1]]
+            both = self.block(layer, both, rope, time)
+        patches = dit.all_final_layer["2-1"](both[:, : image.shape[1]], time)
         patches = patches.view(batch, height // 2, width // 2, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
         return -patches.reshape(latents.shape)
 
-    def _rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rotary factors of the caption's tokens, at (1..32, 0, 0), and of the image's, at (33, y, x)."""
+    def _rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Rotary factors, [cosines and sines, 1, L, 1, head / 2], of the caption's tokens, at (1..32, 0, 0), and of
+        the image's, at (33, y, x).
+        """
         text = torch.zeros(models.CAPTION_LENGTH, 3, dtype=torch.int64)
         text[:, 0] = torch.arange(1, models.CAPTION_LENGTH + 1)
         axes = (torch.tensor([models.CAPTION_LENGTH + 1]), torch.arange(rows), torch.arange(columns))
-        image = torch.cartesian_prod(*axes)
-        return tuple(self.dit.rope_embedder(ids.to(device))[None] for ids in (text, image))
+        turns = (self.dit.rope_embedder(ids.to(device)) for ids in (text, torch.cartesian_prod(*axes)))
+        return tuple(torch.stack([turn.real, turn.imag])[:, None, :, None] for turn in turns)
+
+
+def _block(
+    layer: Any,
+    x: Tensor,  # [B, L, D]
+    rope: Tensor,  # [2, 1, L, 1, head / 2]
+    time: Tensor | None,  # [B, E]; None where the layer has no modulation
+) -> Tensor:  # [B, L, D]
+    """What a ZImageTransformerBlock computes, written so that a compiler can fuse it: on a CPU three times as fast.
+
+    Its own rotary factors are complex numbers in pairs of neighbours, which no vectoriser likes. Here the rows of the
+    query's and the key's weights are taken in another order, the pairs' first halves and then their second ones: the
+    products of queries and keys stay what they were.
+    """
+    attention, mlp = layer.attention, layer.feed_forward
+    heads, head = attention.num_heads, attention.head_dim
+    scale1 = gate1 = scale2 = gate2 = torch.ones((), device=x.device)
+    if time is not None:
+        scale1, gate1, scale2, gate2 = layer.adaLN_modulation(time)[:, None].float().chunk(4, -1)
+        scale1, gate1, scale2, gate2 = 1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()
+
+    normed = _rms(x, layer.attention_norm1) * scale1
+    cosine, sine = rope.unbind(0)
+
+    def rotated(projection: nn.Linear, norm: Any) -> Tensor:  # [B, heads, L, head]
+        weight = projection.weight.unflatten(0, (heads, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+        features = F.linear(normed, weight).unflatten(-1, (heads, head))
+        even, odd = _rms(features, norm, norm.weight.view(-1, 2).t().flatten()).chunk(2, -1)
+        turned = torch.cat([even * cosine - odd * sine, even * sine + odd * cosine], -1)
+        return turned.to(features.dtype).transpose(1, 2)
+
+    query, key = rotated(attention.to_q, attention.norm_q), rotated(attention.to_k, attention.norm_k)
+    value = attention.to_v(normed).unflatten(-1, (heads, head)).transpose(1, 2)
+    # Not the fused attention: for heads this small it is slower on a CPU, above all backwards.
+    weights = ((query @ key.transpose(-1, -2)).float() * head**-0.5).softmax(-1).to(value.dtype)
+    mixed = attention.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
+    x = x + gate1 * _rms(mixed, layer.attention_norm2)
+
+    normed = _rms(x, layer.ffn_norm1) * scale2
+    mixed = mlp.w2(F.silu(mlp.w1(normed)) * mlp.w3(normed))
+    return x + gate2 * _rms(mixed, layer.ffn_norm2)
+
+
+def _rms(x: Tensor, norm: Any, weight: Tensor | None = None) -> Tensor:
+    """`norm(x)` in fp32; `weight` in place of the norm's own."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (norm.weight if weight is None else weight)
 
 
 class Batches:
@@ -345,17 +391,18 @@ class Batches:
     def draw(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(noised latents [B, 16, h, w], sigma [B], their velocity, captions [B]), of `size` pixels.
 
-        Times are logit-normal at shift 3, as `ZImagePipeline` samples; a larger size has a smaller batch.
+        Times are logit-normal at the size's own shift, as `EmbeddedPipeline` samples; the larger has a smaller batch.
         """
         generator = _torch_rng(self.settings.seed, step)
-        batch = self.settings.batch * min(MODEL_SIZES) ** 2 // size**2
+        batch = self.settings.batch * min(MODEL_SIZES) // size
+        shift = models.sigma_shift(size, size)
         latents, index = self.data[size]
         chosen = torch.randint(len(index), (batch,), generator=generator).sort().values.numpy()
         image = torch.from_numpy(latents[chosen]).to(self.device).float()
         caption = torch.from_numpy(index[chosen])
         caption[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = self.empty
         uniform = torch.sigmoid(torch.randn(batch, generator=generator))
-        sigma = (3 * uniform / (1 + 2 * uniform)).to(self.device)
+        sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(self.device)
         noise = torch.randn(image.shape, generator=generator).to(self.device)
         mix = sigma[:, None, None, None]
         return (1 - mix) * image + mix * noise, sigma, noise - image, caption
@@ -365,52 +412,49 @@ class Batches:
         return tuple(self.tokens[name][caption].to(self.device) for name in ("input_ids", "attention_mask"))
 
 
-def _fit_model(name: str, module: Model, loss_of: Callable, run: Path, compile_blocks: bool) -> Model:
-    if compile_blocks:
-        for block in (*module.dit.noise_refiner, *module.dit.context_refiner, *module.dit.layers):
-            block.compile(dynamic=False)
-    # The CPU's fused attention is slower than plain matrices for heads this small, three times in the backward pass.
-    cpu = next(module.parameters()).device.type == "cpu"
-    with sdpa_kernel([SDPBackend.MATH] if cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        return fit(name, module, loss_of, run)
+def _fit_model(name: str, module: Model, loss_of: Callable, run: Run) -> Model:
+    if run.compile:
+        module.block = torch.compile(_block, dynamic=False)
+    return fit(name, module, loss_of, run.folder)
 
 
-def train_teacher(run: Path, data: dict, device: torch.device, compile_blocks: bool = False) -> Model:
-    """Flow matching; the larger size joins late (it costs four times)."""
-    settings = STAGES["teacher"]
+def train_teacher(run: Run, data: dict) -> Model:
+    """Flow matching at a constant rate, so that it can be made longer; the larger size joins late.
+
+    What a falling rate would bring, the average and the next stage bring.
+    """
+    settings = SETTINGS["teacher"]
     torch.manual_seed(settings.seed)
-    module, batches = Model().to(device), Batches(data, settings, device)
+    module, batches = Model().to(run.device), Batches(data, settings, run.device)
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        size = large if step >= TEACHER_LARGE_FROM * settings.steps and step % 2 else small
+        size = large if step >= TEACHER_LARGE_FROM and step % 4 else small
         noised, sigma, velocity, caption = batches.draw(step, size)
         return F.mse_loss(module(noised, sigma, *batches.text(caption)).float(), velocity), {}
 
-    return _fit_model("teacher", module, loss_of, run, compile_blocks)
+    return _fit_model("teacher", module, loss_of, run)
 
 
-def train_model(run: Path, teacher: Model, data: dict, device: torch.device, compile_blocks: bool = False) -> Model:
+def train_model(run: Run, data: dict, teacher: Model) -> Model:
     """Learns to predict alone what the teacher predicts with classifier-free guidance, at both sizes by turns.
 
     So the shipped model needs one forward a step where the teacher needs two, as distilled models do.
     """
-    settings = STAGES["model"]
-    teacher = teacher.to(device).requires_grad_(False)
-    module, batches = copy.deepcopy(teacher).requires_grad_(True).train(), Batches(data, settings, device)
+    settings = SETTINGS["model"]
+    teacher = teacher.requires_grad_(False)
+    module, batches = copy.deepcopy(teacher).requires_grad_(True).train(), Batches(data, settings, run.device)
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
         noised, sigma, _, caption = batches.draw(step, large if step % 2 else small)
         with torch.no_grad():
-            both = torch.cat([caption, torch.full_like(caption, batches.empty)])
-            right, empty = (
-                teacher(torch.cat([noised] * 2), torch.cat([sigma] * 2), *batches.text(both)).float().chunk(2)
-            )
+            right = teacher(noised, sigma, *batches.text(caption)).float()
+            empty = teacher(noised, sigma, *batches.text(torch.full_like(caption, batches.empty))).float()
         guided = empty + GUIDANCE * (right - empty)
         return F.mse_loss(module(noised, sigma, *batches.text(caption)).float(), guided), {}
 
-    return _fit_model("model", module, loss_of, run, compile_blocks)
+    return _fit_model("model", module, loss_of, run)
 
 
 # --- the rewards --------------------------------------------------------------------------------------------------
@@ -427,9 +471,9 @@ class Reward(nn.Module):
     def __init__(self):
         super().__init__()
         self.clip = models.build_clip()
-        self.facts = nn.Linear(self.clip.config.projection_dim, len(world.COLOURS) * 11)
+        self.facts = nn.Linear(self.clip.config.projection_dim, len(world.COLOURS) * (FACTS_COUNT + 7))
 
-    def image(self, pixels: Tensor) -> Tensor:  # [B, 3, 64, 64] -> [B, E], of length 1
+    def image(self, pixels: Tensor) -> Tensor:  # [B, 3, 96, 96] -> [B, E], of length 1
         return F.normalize(self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output).float(), dim=-1)
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:  # [B, L] both -> [B, E], of length 1
@@ -437,22 +481,22 @@ class Reward(nn.Module):
         return F.normalize(self.clip.text_projection(pooled).float(), dim=-1)
 
     def fact_loss(self, embedding: Tensor, labels: Tensor) -> Tensor:  # labels: [B, 6, 3]
-        logits = self.facts(10 * embedding).float().view(-1, 11)
+        logits = self.facts(10 * embedding).float().view(-1, FACTS_COUNT + 7)
         count, shape, side = labels.view(-1, 3).unbind(-1)
         return (
-            2 * F.cross_entropy(logits[:, :4], count)
-            + F.cross_entropy(logits[:, 4:7], shape, ignore_index=-1)
-            + F.cross_entropy(logits[:, 7:], side, ignore_index=-1)
+            2 * F.cross_entropy(logits[:, :FACTS_COUNT], count)
+            + F.cross_entropy(logits[:, FACTS_COUNT:-4], shape, ignore_index=-1)
+            + F.cross_entropy(logits[:, -4:], side, ignore_index=-1)
         )
 
 
-def train_reward(name: str, run: Path, device: torch.device, hard: int = 3) -> nn.Module:
+def train_reward(name: str, run: Run, hard: int = 3) -> nn.Module:
     """Contrastive, each image against the batch's captions and `hard` captions of its own with one fact changed."""
-    settings = STAGES[name]
+    settings = SETTINGS[name]
     torch.manual_seed(settings.seed)
-    module = Reward().to(device)
+    device, module = run.device, Reward().to(run.device)
     scenes, _ = world.split_scenes()
-    pictures, index = _small_pictures(run, name, settings.seed)
+    pictures, index = _small_pictures(run.folder, name, settings.seed)
     tokenizer = models.build_tokenizer()
     labels, trained = torch.tensor([_fact_labels(scene) for scene in scenes]), set(scenes)
 
@@ -483,26 +527,27 @@ def train_reward(name: str, run: Path, device: torch.device, hard: int = 3) -> n
         refused = (among_hard.amax(1) < among_batch.diagonal()).float().mean().item()
         return loss, {"contrast": contrast.item(), "hard_refused": refused}
 
-    return fit(name, module, loss_of, run).clip
+    return fit(name, module, loss_of, run.folder).clip
 
 
 _PIXEL_STD = 0.5  # preprocessing is (pixel / 255 - 0.5) / 0.25: [-2, 2]
 
 
 def _small_pictures(run: Path, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes drawn at 128 pixels and resized to the reward's 64 by PIL's bicubic, as a preview will be."""
+    """Scenes drawn at one of the two sizes and resized to the reward's by PIL's bicubic, as a preview will be."""
     from PIL import Image
 
     pictures_path, index_path = run / f"{name}_pictures.npy", run / f"{name}_scenes.npy"
-    note, inputs = run / f"{name}_pictures.json", {"seed": seed, "scenes": REWARD_SCENES}
+    side = models.REWARD_PIXELS
+    note, inputs = run / f"{name}_pictures.json", {"seed": seed, "scenes": REWARD_SCENES, "side": side}
     if not _is_kept(note, inputs):
         scenes, _ = world.split_scenes()
         rng = _rng(seed, -1 % 2**32)
         index = rng.integers(0, len(scenes), REWARD_SCENES)
-        pictures = np.lib.format.open_memmap(pictures_path, "w+", np.uint8, (REWARD_SCENES, 64, 64, 3))
+        pictures = np.lib.format.open_memmap(pictures_path, "w+", np.uint8, (REWARD_SCENES, side, side, 3))
         for row in tqdm(range(REWARD_SCENES), desc=f"{name} pictures", mininterval=5):
-            drawn = Image.fromarray(world.draw(scenes[index[row]], rng))
-            pictures[row] = np.asarray(drawn.resize((64, 64), Image.Resampling.BICUBIC))
+            drawn = Image.fromarray(world.draw(scenes[index[row]], rng, 256 if row % 3 == 0 else 128))
+            pictures[row] = np.asarray(drawn.resize((side, side), Image.Resampling.BICUBIC))
         pictures.flush()
         np.save(index_path, index)
         note.write_text(json.dumps(inputs))
@@ -531,7 +576,7 @@ def _change_one_fact(scene: world.Scene, rng: np.random.Generator) -> world.Scen
         return world.Scene(first, relation, second)
     group = first if rng.random() < 0.5 else second
     if kind == "count":
-        changed = world.Group(other(group.count, (1, 2, 3)), group.colour, group.shape)
+        changed = world.Group(other(group.count, range(1, len(world.NUMBERS) + 1)), group.colour, group.shape)
     elif kind == "shape":
         changed = world.Group(group.count, group.colour, other(group.shape, world.SHAPES))
     else:
@@ -552,8 +597,10 @@ def _fact_labels(scene: world.Scene) -> list[tuple[int, int, int]]:
 # --- export -------------------------------------------------------------------------------------------------------
 
 
-def export(autoencoder: Autoencoder, model: Model, rewards: dict[str, Any], out: Path) -> None:
-    """fp16 safetensors: one for each part of the pipeline, and a folder in transformers' layout for each reward."""
+def export(run: Run, autoencoder: Autoencoder, model: Model, reward: Any, heldout: Any, out: Path = WEIGHTS) -> None:
+    """fp16 safetensors: one for each part of the pipeline, and a folder in transformers' layout for each reward; the
+    settings they were trained with, and the logs.
+    """
     out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Any] = {
         "vae_encoder": autoencoder.encoder,
@@ -569,10 +616,10 @@ def export(autoencoder: Autoencoder, model: Model, rewards: dict[str, Any], out:
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": 64},
+        "size": {"shortest_edge": models.REWARD_PIXELS},
         "resample": 3,
         "do_center_crop": True,
-        "crop_size": {"height": 64, "width": 64},
+        "crop_size": {"height": models.REWARD_PIXELS, "width": models.REWARD_PIXELS},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -581,75 +628,67 @@ def export(autoencoder: Autoencoder, model: Model, rewards: dict[str, Any], out:
     }
     tokenizer = models.build_tokenizer()
     tokenizer.chat_template = None
-    for name, clip in rewards.items():
+    for name, clip in (("reward", reward), ("heldout", heldout)):
         clip.half().save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
         (out / name / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes them for the owner alone
+    settings = {name: asdict(stage) for name, stage in SETTINGS.items()}
+    (out / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "logs").mkdir(exist_ok=True)
+    for name in SETTINGS:
+        shutil.copy(run.folder / f"{name}.jsonl", out / "logs")
 
 
-class Training:
-    """The stages as attributes: each is made when it is first asked for, from what the earlier ones made."""
+@dataclass(frozen=True)
+class Stage:
+    """`make(run, *needed)`: what a stage makes, from what the stages that it needs made."""
 
-    names = ("autoencoder", "latents", "reward", "heldout", "teacher", "model", "export")
+    make: Callable[..., Any]
+    needs: tuple[str, ...] = ()
 
-    def __init__(self, run: Path, device: torch.device, compile_blocks: bool):
-        self.run, self.device, self.compile_blocks = run, device, compile_blocks
 
-    @cached_property
-    def autoencoder(self) -> Autoencoder:
-        return train_autoencoder(self.run, self.device)
+STAGES = {
+    "autoencoder": Stage(train_autoencoder),
+    "latents": Stage(encode_scenes, ("autoencoder",)),
+    "reward": Stage(partial(train_reward, "reward")),
+    "heldout": Stage(partial(train_reward, "heldout")),
+    "teacher": Stage(train_teacher, ("latents",)),
+    "model": Stage(train_model, ("latents", "teacher")),
+    "export": Stage(export, ("autoencoder", "model", "reward", "heldout")),
+}
 
-    @cached_property
-    def latents(self) -> dict:
-        return encode_scenes(self.run, self.autoencoder, self.device)
 
-    @cached_property
-    def reward(self) -> nn.Module:
-        return train_reward("reward", self.run, self.device)
-
-    @cached_property
-    def heldout(self) -> nn.Module:
-        return train_reward("heldout", self.run, self.device)
-
-    @cached_property
-    def teacher(self) -> Model:
-        return train_teacher(self.run, self.latents, self.device, self.compile_blocks)
-
-    @cached_property
-    def model(self) -> Model:
-        return train_model(self.run, self.teacher, self.latents, self.device, self.compile_blocks)
-
-    @cached_property
-    def export(self) -> None:
-        """The weights, the settings they were trained with, and the logs."""
-        export(self.autoencoder, self.model, {"reward": self.reward, "heldout": self.heldout}, WEIGHTS)
-        settings = {name: asdict(stage) for name, stage in STAGES.items()}
-        (WEIGHTS / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (WEIGHTS / "logs").mkdir(exist_ok=True)
-        for name in STAGES:
-            shutil.copy(self.run / f"{name}.jsonl", WEIGHTS / "logs")
+def train(names: Iterable[str], run: Run) -> dict[str, Any]:
+    """Runs the named stages and those that they need, in order; what is done already is read."""
+    wanted = set(names)
+    for name in reversed(STAGES):
+        if name in wanted:
+            wanted |= set(STAGES[name].needs)
+    made: dict[str, Any] = {}
+    for name, stage in STAGES.items():
+        if name in wanted:
+            made[name] = stage.make(run, *(made[needed] for needed in stage.needs))
+    return made
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(Training.names)}; all of them when none is named")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all of them when none is named")
     parser.add_argument("--run", type=Path, default=Path("runs/embedded"), help="where checkpoints, data and logs are")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default when not given)")
     arguments = parser.parse_args()
-    unknown = set(arguments.stages) - set(Training.names)
+    unknown = set(arguments.stages) - set(STAGES)
     if unknown:
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(Training.names)}")
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)
-    training = Training(arguments.run, torch.device(arguments.device), arguments.compile)
-    for name in arguments.stages or Training.names:
-        getattr(training, name)
+    train(arguments.stages or STAGES, Run(arguments.run, torch.device(arguments.device), arguments.compile))
 
 
 if __name__ == "__main__":
