@@ -257,6 +257,7 @@ BAD = {
         ["generate", PROMPT, "--reward", "taste"],
         "unknown reward 'taste'. The known ones are ",
     ),
+    "a reward's near name": (["generate", PROMPT, "--reward", "pickscore"], "did you mean 'pick'?"),
     "unknown report reward": (
         ["generate", PROMPT, "--report-reward", "taste"],
         "unknown reward 'taste'. The known ones are ",
@@ -284,6 +285,13 @@ def test_bad_input_is_one_line_and_exit_code_2(case, toy, tmp_path, monkeypatch,
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
     assert toy.calls == []
+
+
+def test_a_link_into_a_folder_that_is_not_there(toy, tmp_path, capsys):
+    (tmp_path / "image.png").symlink_to(tmp_path / "missing" / "image.png")
+    with pytest.raises(SystemExit, match="2"):
+        generate("--out", tmp_path)
+    assert "a link into a folder that is not there" in capsys.readouterr().err and toy.calls == []
 
 
 def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):

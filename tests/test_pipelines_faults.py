@@ -1,6 +1,7 @@
 """What once went wrong in silence, in a search through a pipeline: states, subclasses, clean-ups, copies."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 import threading
@@ -125,6 +126,37 @@ def test_a_refused_call_keeps_the_result_that_it_was_to_go_on_from(pipe):
         with pytest.raises(ValueError):
             call(pipe, 8, config={"state": result.state}, **wrong)
         assert pipe.ses_result is result
+
+
+def test_an_error_that_another_call_left_brings_no_result_of_it(pipe):
+    stale = RuntimeError("the scorer's own, raised each time")
+
+    def breaks(images, prompt):
+        raise stale
+
+    with pytest.raises(RuntimeError):
+        call(pipe, 3, breaks)
+    assert stale.ses_result is pipe.ses_result
+    with pytest.raises(RuntimeError):
+        call(pipe, 3, config={"report_rewards": {"breaks": breaks}}, prompt="zebra")
+    assert pipe.ses_result is None
+
+
+def test_a_sum_of_rewards_with_a_scale_needs_no_first_generation(pipe):
+    call(pipe, 1, WeightedReward({"b": brightness}, {"b": 2.0}, {"b": (1.0, 0.5)}))
+    (only,) = pipe.ses_result.trace
+    assert only.score == pytest.approx(2 * (only.members["b"] - 1) / 0.5)
+
+
+@pytest.mark.parametrize("scale", [5, {"b": [1, 2, 3]}, {"other": [0, 1]}, {"b": [float("nan"), 1]}], ids=str)
+def test_a_state_with_a_scale_of_no_search_is_refused(pipe, scale):
+    reward = WeightedReward({"b": brightness}, {"b": 1.0})
+    call(pipe, 4, reward)
+    state = dataclasses.replace(
+        pipe.ses_result.state, fingerprint={**pipe.ses_result.state.fingerprint, "scale": scale}
+    )
+    with pytest.raises(ValueError, match="scale"):
+        call(pipe, 8, reward, {"state": state})
 
 
 def test_a_search_that_was_interrupted_before_its_first_score_goes_on(pipe):
