@@ -150,13 +150,16 @@ def test_a_sum_of_rewards_with_a_scale_needs_no_first_generation(pipe):
 
 @pytest.mark.parametrize("scale", [5, {"b": [1, 2, 3]}, {"other": [0, 1]}, {"b": [float("nan"), 1]}], ids=str)
 def test_a_state_with_a_scale_of_no_search_is_refused(pipe, scale):
-    reward = WeightedReward({"b": brightness}, {"b": 1.0})
+    seen = []
+    reward = WeightedReward({"b": lambda images, prompt: seen.append(1) or brightness(images, prompt)}, {"b": 1.0})
     call(pipe, 4, reward)
     state = dataclasses.replace(
         pipe.ses_result.state, fingerprint={**pipe.ses_result.state.fingerprint, "scale": scale}
     )
+    seen.clear()
     with pytest.raises(ValueError, match="scale"):
         call(pipe, 8, reward, {"state": state})
+    assert not seen  # before a preview is paid
 
 
 def test_a_search_that_was_interrupted_before_its_first_score_goes_on(pipe):
