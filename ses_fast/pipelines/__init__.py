@@ -8,7 +8,7 @@ from .config import Preview, SESConfig
 __all__ = ["Preview", "SESConfig", "disable", "enable"]
 
 # A library that SES knows -> the module here that adapts it: `FAMILIES`, `family_of`, `enable`, `disable`.
-ADAPTERS = {"DiffSynth-Studio": "diffsynth"}
+ADAPTERS = {"DiffSynth-Studio": "diffsynth", "diffusers": "diffusers"}
 
 
 def enable(pipe: Any, *, compile: bool | str = False) -> Any:

@@ -1,0 +1,32 @@
+"""The documented call on diffusers' pipelines. A family is one line in `family.FAMILIES`, and a row of the tests."""
+
+from typing import Any
+
+from ..._torchvision import declare_torchvision_ops
+from .family import FAMILIES, family_of
+
+__all__ = ["FAMILIES", "disable", "enable", "family_of"]
+
+declare_torchvision_ops()  # before any of diffusers' modules is imported
+
+
+def enable(pipe: Any, compile: bool | str) -> None:
+    """See `ses_fast.enable`."""
+    from ..compiling import compile_mode
+    from ..enabled import enabled_class
+    from .call import SESPipeline
+
+    mode = compile_mode(compile)
+    assert mode is None
+    if not issubclass(type(pipe), SESPipeline):
+        stock: Any = type(pipe)
+        pipe.__class__ = enabled_class(SESPipeline, stock)
+
+
+def disable(pipe: Any) -> None:
+    """See `ses_fast.disable`."""
+    from .call import SESPipeline
+
+    if issubclass(type(pipe), SESPipeline):
+        vars(pipe).pop("ses_result", None)
+        pipe.__class__ = pipe._ses_stock
