@@ -15,7 +15,7 @@ import pytest
 import ses_fast
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("triton", "diffsynth", "transformers", "matplotlib", "pywt")
+HEAVY = ("triton", "diffsynth", "diffusers", "transformers", "matplotlib", "pywt")
 
 # Who imports whom, no more and no less (each may also import `errors` and its own package). `loop` receives callables:
 # no pipeline or reward.
@@ -57,6 +57,8 @@ IN_PIPELINES = {
     "compiling": set(),
     "config": set(),
     "diffsynth": {"compiling", "config", "renderer", "request", "run"},
+    "diffusers": {"compiling", "config", "enabled", "renderer", "request", "run"},
+    "enabled": {"compiling", "request"},
     "previews": {"batching", "renderer", "scoring"},
     "renderer": set(),
     "request": {"config"},

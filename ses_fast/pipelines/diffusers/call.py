@@ -26,6 +26,7 @@ from .memory import COUNTS
 from .noise import Streams
 from .pictures import of_output
 from .renderer import DiffusersRenderer
+from .scheduler import draws_noise
 
 # Arguments of the call that no preview depends on, or that a state holds in another form.
 NOT_OF_A_PREVIEW = {"prompt", "generator", "latents", "num_inference_steps", "output_type", "return_dict"}
@@ -80,19 +81,22 @@ class SESPipeline(Enabled):
         device = torch.device(self._execution_device)
         has_own = given.get("generator") is not None or given.get("latents") is not None
         from_state = config is not None and config.state is not None and not has_own
+        seed = Streams(one_generator(given.get("generator")), device).seed()
+        # What stands for the noise inside the steps, which is the same for all candidates.
+        inside = {"generator": seed} if draws_noise(self.scheduler, given.get("eta")) else {}
         request = make_request(
             reward=reward,
             budget=budget,
             steps=steps,
             config=config,
             prompt=given.get("prompt") if given.get("prompt") is not None else "",
-            seed=None if from_state else Streams(one_generator(given.get("generator")), device).seed(),
+            seed=None if from_state else seed,
             has_own_noise=given.get("latents") is not None,
             fingerprint={
                 "pipeline": self._ses_stock.__name__,
                 "scheduler": type(self.scheduler).__name__,
                 "arguments": facts({name: each for name, each in given.items() if name not in NOT_OF_A_PREVIEW})
-                | {"scheduler": facts(public(self.scheduler.config))},
+                | {"scheduler": facts(public(self.scheduler.config)), **inside},
             },
             device=device,
         )

@@ -59,3 +59,9 @@ def family_of(pipe: Any) -> Family | None:
         if cls.__name__ in FAMILIES and cls.__module__.partition(".")[0] == "diffusers":
             return FAMILIES[cls.__name__]
     return None
+
+
+def denoisers_of(pipe: Any) -> list[Any]:
+    """The pipeline's models that denoise; Wan 2.2 has two."""
+    named = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
+    return [model for model in named if model is not None]

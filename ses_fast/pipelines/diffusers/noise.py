@@ -75,9 +75,9 @@ class Streams:
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self.generators = [torch.default_generator]
         if device.type != "cpu":
-            own = getattr(torch.get_device_module(device.type), "default_generators", None)
-            if own:
-                self.generators.append(own[device.index or 0])
+            module = torch.get_device_module(device.type)
+            index = module.current_device() if device.index is None else device.index
+            self.generators.append(module.default_generators[index])
         self.first = generator or self.generators[-1]  # what the call's own noise is drawn from
         if generator is not None:
             self.generators.append(generator)

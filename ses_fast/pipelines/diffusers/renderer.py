@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..renderer import Draft, Renderer
 from .driver import Driver
-from .family import Family
+from .family import Family, denoisers_of
 from .pictures import at_levels, middle_frame
 from .scheduler import has_clean, window_on
 
@@ -34,9 +34,9 @@ class DiffusersRenderer(Renderer):
         self.device = pipe._execution_device
         self.model = nn.ModuleList(part for part in pipe.components.values() if isinstance(part, nn.Module))
         self.marks: dict[int, Mark] = {}
-        denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-        cached = bool(getattr(denoiser, "is_cache_enabled", False))
-        self.static_shapes = _is_compiled(denoiser)
+        denoisers = denoisers_of(pipe)
+        cached = any(getattr(denoiser, "is_cache_enabled", False) for denoiser in denoisers)
+        self.static_shapes = any(map(_is_compiled, denoisers))
         self.forwards_a_step = 2 if family.guided(pipe, arguments) else 1
         self.models_take_turns = bool(getattr(pipe, "_all_hooks", None))
         # A cache decides by the mean over the batch, and a sampler that a scheduler keeps has the first batch's shape.
@@ -82,8 +82,6 @@ class DiffusersRenderer(Renderer):
         return at_levels(images)
 
 
-def _is_compiled(denoiser: Any) -> bool:
-    if not isinstance(denoiser, nn.Module):
-        return False
+def _is_compiled(denoiser: nn.Module) -> bool:
     compiled = any(module._compiled_call_impl is not None for module in denoiser.modules())
     return compiled or hasattr(denoiser, "_orig_mod")

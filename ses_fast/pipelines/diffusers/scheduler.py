@@ -141,6 +141,16 @@ PREDICTED = {
 }
 
 
+NOISY = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "SASolver")
+
+
+def draws_noise(scheduler: Any, eta: float | None = None) -> bool:
+    """Whether its steps add noise of their own. eta: the pipeline's argument for DDIM."""
+    config = scheduler.config
+    chosen = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
+    return bool(chosen or eta) or any(part in type(scheduler).__name__ for part in NOISY)
+
+
 def _clean(
     scheduler: Any,
     sample: Tensor,  # [n, ...]
