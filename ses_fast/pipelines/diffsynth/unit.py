@@ -135,7 +135,8 @@ class SESUnit(Family):
                 vars(pipe.scheduler).clear()
                 vars(pipe.scheduler).update(before)
                 self.call = call
-            pipe.ses_result, finished, best = found.result, found.finished, found.result.latents
+            pipe.ses_result, finished = found
+            best = found.result.latents
         request.answered = True
         noise = self.pack(best)
         if finished is not None:
