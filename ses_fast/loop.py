@@ -46,6 +46,7 @@ def evolve(
     wavelet_name: str = "db1",
     dwt_level: int = 4,
     *,
+    strategy: str = "ses",
     seed: int | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 1,
@@ -63,10 +64,12 @@ def evolve(
         finite counts as minus infinity, which is warned of once. So is a first generation of equal scores.
         An `Objective` gets the rest of a generation at once, whatever the batch_size.
     total_eval_budget: how many candidates to score, those of `state` included.
+    strategy: how the next generation is drawn, a name of `strategies.STRATEGIES`; "ses" is the reference's way.
     seed: makes the noise a function of (seed, generation, candidate, coefficient), whatever the backend and
         the batch_size. None: drawn once from torch's global state, and reported.
     generator: instead of a seed, a CPU torch.Generator; each generation draws `torch.randn(popsize, D,
-        generator=generator)`: then the search is `diffsynth.utils.ses.ses_search`'s with the same draws.
+        generator=generator)`, D numbers in the band that the strategy searches (for one that moves the whole noise:
+        all of it). With "ses" the search is then `diffsynth.utils.ses.ses_search`'s with the same draws.
     include_base: the base takes the place of candidate 0 of generation 0: the answer is never worse than it.
     on_generation: called with the SearchResult so far after each complete generation.
     progress: a tqdm bar.
@@ -79,7 +82,7 @@ def evolve(
     objective too, leaves as it is and carries the SearchResult so far as `error.ses_result`.
     """
     stopwatch = Stopwatch(STAGES)
-    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level)
+    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level, strategy)
     budget = whole_number("total_eval_budget", total_eval_budget, 1)
     check_options(on_generation=on_generation, time_limit=time_limit)
     objective = _as_objective(objective_reward_fn, whole_number("batch_size", batch_size, 1))
