@@ -93,7 +93,7 @@ def test_without_ses_the_stock_image_and_with_a_budget_of_one_too(tiny):
 
 @pytest.mark.parametrize("family", NAMES)
 def test_a_preview_and_the_answer_are_the_stock_calls_images_of_that_noise(tiny):
-    output, result, images, _ = previews(tiny, steps=2)
+    output, result, images, _ = previews(tiny, steps=2, batch_size=1)
     winner = result.best.index
     assert winner != 0 or result.score == result.base_score
     after = drawn()

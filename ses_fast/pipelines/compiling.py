@@ -68,7 +68,7 @@ def compile_models(
     grows_with_prompt: GrowsWithPrompt | None,
     mode: str,
 ) -> None:
-    """Compiles blocks of `models` in place by `compile`, which takes torch.compile's arguments; see `compile_blocks`."""
+    """Compiles blocks of `models` in place by `compile`, which takes torch.compile's arguments."""
     done = compilation(pipe)
     if done is not None and done.mode == mode and all(a is b for a, b in zip(done.models, models, strict=True)):
         return
