@@ -486,8 +486,7 @@ def search(tiny: Tiny, budget: int, *, steps: int = 3, reward=brightness, seed: 
     """(output, result) of a call that searches."""
     generator = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
     output = tiny(
-        num_inference_steps=3,
-        **generator | (call or {}),
+        **{"num_inference_steps": 3} | generator | (call or {}),
         enable_ses=True,
         ses_reward_model=reward,
         ses_eval_budget=budget,

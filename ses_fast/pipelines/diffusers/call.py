@@ -131,6 +131,12 @@ class SESPipeline(Enabled):
         base = base if request.base is None else given_noise(request.base, base)
         family = family_of(self)
         assert family is not None
+        counts_steps = family.whole_calls_only(driver.arguments)
+        if cheap.race is not None and counts_steps is not None:
+            raise ValueError(
+                f"Preview(race=) runs a preview's steps in more than one call, and {counts_steps}= counts them from "
+                "the call's first: leave one of the two out"
+            )
         all_frames = not is_of_pictures(request.reward)
         make = functools.partial(DiffusersRenderer, driver, family, all_frames=all_frames)
         height, width = driver.setting.height, driver.setting.width

@@ -105,7 +105,7 @@ def is_flow(scheduler: Any) -> bool:
     """Whether a sample at sigma is (1 - sigma) image + sigma noise."""
     config = scheduler.config
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(flow) or type(scheduler).__name__.startswith("FlowMatch")
+    return bool(flow) or any(name.startswith("FlowMatch") for name in _names(scheduler))
 
 
 def noise_levels(scheduler: Any) -> list[float] | None:
@@ -123,13 +123,18 @@ def noise_levels(scheduler: Any) -> list[float] | None:
     return (sigmas if is_flow(scheduler) else sigmas / (1 + sigmas)).tolist()
 
 
+def _names(scheduler: Any) -> list[str]:
+    """Its class's name, and those that it derives from."""
+    return [cls.__name__ for cls in type(scheduler).__mro__]
+
+
 # Their steps say which image they foresee, or it follows from what the model predicts.
 FORESEE = ("Euler", "Heun", "KDPM2", "LMS", "DDIM", "DDPM", "DPMSolver", "UniPC", "DEIS", "PNDM", "LCM", "TCD", "EDM")
 
 
 def has_clean(scheduler: Any) -> bool:
     """Whether the image's latents can be told from a step."""
-    known = type(scheduler).__name__.removeprefix("FlowMatch").startswith(FORESEE)
+    known = any(name.removeprefix("FlowMatch").startswith(FORESEE) for name in _names(scheduler))
     return known and (is_flow(scheduler) or scheduler.config.get("prediction_type") in PREDICTED)
 
 
@@ -148,7 +153,7 @@ def draws_noise(scheduler: Any, eta: float | None = None) -> bool:
     """Whether its steps add noise of their own. eta: the pipeline's argument for DDIM."""
     config = scheduler.config
     chosen = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
-    return bool(chosen or eta) or any(part in type(scheduler).__name__ for part in NOISY)
+    return bool(chosen or eta) or any(part in name for name in _names(scheduler) for part in NOISY)
 
 
 def _clean(
