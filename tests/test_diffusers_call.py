@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from test_diffusers import close, drawn, levels, packed, previews, rounded
 from tiny_diffusers import brightness, first, make, search
 
@@ -14,7 +15,7 @@ import ses_fast
 from ses_fast import Preview
 from ses_fast.pipelines.diffusers.driver import Driver
 from ses_fast.pipelines.diffusers.pictures import at_levels, of_output
-from ses_fast.pipelines.diffusers.scheduler import window_on
+from ses_fast.pipelines.diffusers.scheduler import foreseen, noise_levels, window_on
 from ses_fast.rewards.pil import from_pil
 
 _made = {}
@@ -80,6 +81,7 @@ OF_SDXL = [
     pytest.param("DDIMScheduler", {}, id="DDIM", marks=SLOW),
     pytest.param("TCDScheduler", {}, id="TCD", marks=SLOW),
     pytest.param("LMSDiscreteScheduler", {}, id="LMS", marks=SLOW),
+    pytest.param("EDMEulerScheduler", {}, id="EDM", marks=SLOW),
 ]
 
 
@@ -95,7 +97,6 @@ def test_every_kind_of_scheduler(sdxl, scheduler, settings):
     [
         pytest.param("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, id="stochastic"),
         pytest.param("FlowMatchLCMScheduler", {}, id="LCM", marks=SLOW),
-        pytest.param("FlowMatchHeunDiscreteScheduler", {}, id="Heun", marks=SLOW),
     ],
 )
 def test_every_kind_of_flow_scheduler(flux, scheduler, settings):
@@ -106,8 +107,8 @@ def test_every_kind_of_flow_scheduler(flux, scheduler, settings):
 
 def stays_exact(tiny, call):
     """Budget one is the stock image; batches and survivors equal one by one; the last foreseen image is the image."""
-    latents, clean = last_step(tiny, 5)
-    assert torch.allclose(clean, latents, atol=1e-4), (clean - latents).abs().max()
+    latents, clean = last_step(tiny, 5)  # some schedulers leave a last bit of noise
+    assert (clean - latents).abs().max() < 0.02 * latents.abs().max()
     torch.manual_seed(5)
     stock = first(tiny(num_inference_steps=3, generator=drawn(), **call))
     left = torch.get_rng_state()
@@ -115,15 +116,15 @@ def stays_exact(tiny, call):
     output, _ = search(tiny, 1, call={"generator": drawn(), **call})
     assert np.array_equal(first(output), stock) and torch.equal(torch.get_rng_state(), left)
     images = None
-    for batch_size, preview in ((1, Preview()), (2, Preview()), (2, Preview(race=((0.9, 0.8), (0.7, 0.5))))):
+    for batch_size, preview in ((1, Preview()), (2, Preview(race=((0.9, 0.8), (0.7, 0.5))))):
         torch.manual_seed(5)
         call = {**call, "generator": drawn()}
-        _, result, shown, steps = previews(tiny, steps=5, batch_size=batch_size, preview=preview, call=call)
+        _, result, shown, steps = previews(tiny, 4, steps=4, batch_size=batch_size, preview=preview, call=call)
         if images is None:
             images, forwards = shown, result.forwards["preview"]
             assert images.std(0).mean() > 0.01
         if preview.race:
-            assert result.forwards["preview"] < forwards and (steps == 0).sum() == 3
+            assert result.forwards["preview"] < forwards and (steps == 0).sum() == 2
         assert close(shown[steps == 0], images[steps == 0])
 
 
@@ -137,12 +138,25 @@ def last_step(tiny, steps):
     return window.latents, window.clean
 
 
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_the_foreseen_image_is_the_schedulers_own(name, predicts):
+    clipped = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    scheduler = getattr(diffusers, name)(prediction_type=predicts, **clipped)
+    scheduler.set_timesteps(5)
+    sample, output = torch.randn(2, 1, 4, 8, 8, generator=drawn())
+    made = scheduler.step(output, scheduler.timesteps[0], sample)
+    own = made.pred_original_sample if name == "DDIMScheduler" else scheduler.model_outputs[-1]
+    clean = foreseen(scheduler, sample, output, noise_levels(scheduler)[0])
+    assert torch.allclose(clean, own, rtol=1e-3, atol=1e-3 * own.abs().max().item())
+
+
 # --- the noise
 
 
 @pytest.mark.parametrize("family", ["SDXL", "FLUX.1"])
 def test_the_base_is_the_pipelines_own_noise_in_every_dtype(family):
-    """Under one seed bf16 and fp32 draw other noises: the base is drawn by the pipeline, the search's noise is not."""
+    """A seed may draw other noises in another dtype: the base is the pipeline's, the search's noise the same in all."""
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         tiny = make(family)
@@ -152,10 +166,9 @@ def test_the_base_is_the_pipelines_own_noise_in_every_dtype(family):
         output, result = search(tiny, 1, steps=2, call={"num_inference_steps": 2, "output_type": "pil"})
         assert np.array_equal(first(output), first(stock))
         assert result.state.base.dtype == dtype
-        _, results[dtype] = search(tiny, 4, steps=1, call={"num_inference_steps": 1}, include_base=False)
+        _, results[dtype] = search(tiny, 4, steps=1, call={"num_inference_steps": 1}, include_base=False, popsize=4)
     fp32, bf16 = (results[dtype].state for dtype in (torch.float32, torch.bfloat16))
-    assert not torch.equal(fp32.base.bfloat16(), bf16.base)
-    assert len(fp32.elite_low) == 4 and sorted(fp32.elite_low.tolist()) == sorted(bf16.elite_low.tolist())
+    assert len(fp32.elite_low) >= 4 and sorted(fp32.elite_low.tolist()) == sorted(bf16.elite_low.tolist())
 
 
 def _cast(value, dtype):
@@ -332,6 +345,83 @@ def test_an_exception_leaves_the_pipeline_as_it_was(sdxl):
     assert torch.equal(generator.get_state(), drawn().get_state())
 
 
+def test_cpu_offload_stays_on_the_device_during_a_search_and_is_put_back(monkeypatch):
+    """A CPU stands for the device."""
+    tiny = make("SDXL")
+    stock = first(tiny(num_inference_steps=3, generator=drawn()))
+    ses_fast.enable(tiny.pipe).enable_model_cpu_offload(device="cpu")
+    put_back = []
+    own = tiny.pipe.enable_model_cpu_offload
+    monkeypatch.setitem(vars(tiny.pipe), "enable_model_cpu_offload", lambda **device: put_back.append(own(**device)))
+    output, result = search(tiny, 1, batch_size=1)
+    assert np.array_equal(first(output), stock) and len(put_back) == 1
+    hooks = tiny.pipe._all_hooks
+    with pytest.raises(ZeroDivisionError):
+        search(tiny, 4, reward=lambda images, prompt: 1 / 0)
+    assert len(put_back) == 2 and tiny.pipe._all_hooks is not hooks
+
+
+def test_adapters_tiles_and_caches_are_the_stock_calls():
+    """A LoRA and an IP-Adapter in the denoiser, tiled decoding; a cache, which decides by the mean over a batch."""
+    tiny = make("SDXL")
+    ses_fast.enable(tiny.pipe)
+    plain = first(tiny(num_inference_steps=3, generator=drawn()))
+    tiny.pipe.unet._load_ip_adapter_weights([ip_adapter(tiny.pipe.unet)])
+    tiny.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    tiny.pipe.vae.enable_tiling()
+    call = {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=drawn())]}
+    stock = first(tiny(num_inference_steps=3, generator=drawn(), **call))
+    assert np.abs(stock - plain).max() > 0.1
+    output, _ = search(tiny, 1, call=call)
+    assert np.array_equal(first(output), stock)
+    _, _, alone, _ = previews(tiny, 3, batch_size=1, call=call)
+    _, _, together, _ = previews(tiny, 3, batch_size=3, call=call)
+    assert close(alone, together)
+
+    tiny = make("FLUX.1")
+    ses_fast.enable(tiny.pipe)
+    tiny.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1.0))
+    stock = first(tiny(num_inference_steps=3, generator=drawn()))
+    output, _ = search(tiny, 1)
+    assert np.array_equal(first(output), stock)
+    _, _, alone, _ = previews(tiny, 3, batch_size=1)
+    with pytest.warns(UserWarning, match="one by one"):
+        _, _, together, _ = previews(tiny, 3, batch_size=3)
+    assert torch.equal(alone, together)
+    with pytest.raises(ValueError, match="race"):
+        search(tiny, 3, preview=Preview(race="auto"))
+
+
+def ip_adapter(unet):
+    """The weights of an IP-Adapter with one token of eight numbers a picture."""
+    generator, weights = drawn(), {}
+    for i, name in enumerate(name for name in unet.attn_processors if "attn2" in name):
+        width, text = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+        for part in ("k", "v"):
+            weights[f"{2 * i + 1}.to_{part}_ip.weight"] = torch.randn(width, text, generator=generator)
+    project = {"proj.weight": torch.randn(4 * text, 8, generator=generator), "proj.bias": torch.zeros(4 * text)}
+    norm = {"norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}
+    return {"image_proj": project | norm, "ip_adapter": weights}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False], ids=["enable(compile=True)", "compile_repeated_blocks"])
+def test_compiled_blocks(ours):
+    tiny = make("SDXL")
+    stock = first(tiny(num_inference_steps=3, generator=drawn()))
+    ses_fast.enable(tiny.pipe, compile=ours)
+    if not ours:
+        tiny.pipe.unet.compile_repeated_blocks(dynamic=False)
+    _, result = search(tiny, 5, batch_size=2)
+    assert result.seconds["compile"] > 1
+    output, again = search(tiny, 5, batch_size=2)
+    assert again.seconds["compile"] == 0 and again.score == result.score
+    output, _ = search(tiny, 1, batch_size=1)
+    assert np.abs(first(output) - stock).max() < 1e-4
+    ses_fast.disable(tiny.pipe)
+    assert ours == (not any(part._compiled_call_impl for part in tiny.pipe.unet.modules()))
+
+
 def test_a_copy_and_a_saved_pipeline(sdxl, tmp_path):
     other = copy.deepcopy(sdxl.pipe)
     assert type(other) is type(sdxl.pipe)
@@ -348,18 +438,18 @@ def test_a_copy_and_a_saved_pipeline(sdxl, tmp_path):
 
 
 def test_a_search_goes_on(sdxl):
-    _, whole = search(sdxl, 12, popsize=4, batch_size=1)
-    _, part = search(sdxl, 6, popsize=4, batch_size=1)
-    _, more = search(sdxl, 12, popsize=4, batch_size=1, state=part.state)
+    _, whole = search(sdxl, 7, popsize=3, batch_size=1)
+    _, part = search(sdxl, 4, popsize=3, batch_size=1)
+    _, more = search(sdxl, 7, popsize=3, batch_size=1, state=part.state)
     assert [each.score for each in more.trace] == [each.score for each in whole.trace]
     torch.manual_seed(99)  # without a generator the base is the state's
-    _, more = search(sdxl, 12, popsize=4, batch_size=1, state=part.state, seed=None)
+    _, more = search(sdxl, 7, popsize=3, batch_size=1, state=part.state, seed=None)
     assert [each.score for each in more.trace] == [each.score for each in whole.trace]
     with pytest.raises(ValueError, match="guidance_scale was 5.0"):
-        search(sdxl, 12, popsize=4, state=part.state, call={"guidance_scale": 6.0})
+        search(sdxl, 7, popsize=3, state=part.state, call={"guidance_scale": 6.0})
     sdxl.pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(sdxl.pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler was"):
-        search(sdxl, 12, popsize=4, state=part.state)
+        search(sdxl, 7, popsize=3, state=part.state)
 
 
 def test_a_search_with_noise_inside_goes_on_with_the_same_generator_alone():

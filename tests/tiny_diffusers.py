@@ -464,7 +464,9 @@ MAKE = {
 def make(name: str) -> Tiny:
     """The pipeline with weights that do something, in evaluation, without progress bars."""
     generator = torch.Generator().manual_seed(0)
-    tiny = MAKE[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny = MAKE[name]()
     tiny.pipe.set_progress_bar_config(disable=True)
     for part in tiny.pipe.components.values():
         if not isinstance(part, nn.Module):

@@ -59,8 +59,9 @@ class Window:
             made = scheduler.step(*bound.args, **bound.kwargs)
         self.latents = made.prev_sample
         if self.done == self.end - 1 and self.levels is not None and has_clean(scheduler):
-            foreseen = getattr(made, "pred_original_sample", None)
-            clean = foreseen if foreseen is not None else _clean(scheduler, sample, output, self.levels[self.done])
+            clean = getattr(made, "pred_original_sample", None)
+            if clean is None:
+                clean = foreseen(scheduler, sample, output, self.levels[self.done])
             self.clean = clean.to(self.latents.dtype)
         self.done += 1
         return made if returns_dict else made.to_tuple()
@@ -156,12 +157,13 @@ def draws_noise(scheduler: Any, eta: float | None = None) -> bool:
     return bool(chosen or eta) or any(part in name for name in _names(scheduler) for part in NOISY)
 
 
-def _clean(
+def foreseen(
     scheduler: Any,
     sample: Tensor,  # [n, ...]
     output: Tensor,  # [n, ...], the model's
     level: float,
 ) -> Tensor:  # [n, ...]
+    """The image's latents, by what the model says of a sample at that level of noise."""
     sample, output = sample.float(), output.float()
     if is_flow(scheduler):
         return sample - level * output
