@@ -204,13 +204,19 @@ def evened(
     if g.band == g.lowest:
         return x
     low, rest = g.apart(x)
-    ratio = x.view(rest.shape).square().flatten(1).mean(1) / low.square().flatten(1).mean(1).clamp(min=1e-12)
-    return g.joined(low * ratio.sqrt().view(-1, *[1] * (low.dim() - 1)), rest).view(x.shape)
+    all_, in_low, in_rest, lows_share = map(mean_square, (x.view(rest.shape), low, rest, x.view(rest.shape) - rest))
+    of_low = all_ / in_low
+    of_rest = (all_ - of_low * lows_share).clamp(min=0) / in_rest  # so that all together keep theirs
+    return g.joined(low * of_low.sqrt(), rest * of_rest.sqrt()).view(x.shape)
+
+
+def mean_square(x: Tensor) -> Tensor:  # [n, 1, ...] of [n, ...], above 0
+    return x.square().mean(tuple(range(1, x.dim())), keepdim=True).clamp(min=1e-12)
 
 
 def unit(x: Tensor) -> Tensor:  # [n, D]
     """x with a mean square of one."""
-    return x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return x / mean_square(x).sqrt()
 
 
 def stepped(
