@@ -10,7 +10,7 @@ Each but the reference and its control keeps N(0, 1): a generation's numbers hav
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,11 @@ from .spectral import Band
 LEAST_STEP = 0.3  # no generation's noise has a smaller deviation
 
 
-@dataclass(frozen=True, eq=False)
-class Generation:
+class Generation(NamedTuple):
     """What a strategy draws from, and the ways to draw."""
 
     number: int  # 0 for the first
-    count: int  # how many candidates n are wanted, from the first on
+    popsize: int  # how many candidates n are wanted, from the first on
     residual: Tensor  # [1, ..., H, W] what the band leaves
     shape: tuple[int, ...]  # one candidate's numbers, (..., h, w), D in all
     mean: Tensor  # [D] the elites'; 0 before there are any
@@ -46,7 +45,7 @@ class Generation:
         draws = self.draws if draws is None else draws
         noise: dict[str, Any] = {"draws": draws, "seed": self.seed if draws is None else None}
         options: dict[str, Any] = {"dtype": self.dtype, "backend": self.backend, **noise}
-        return self.band.sample(self.residual, mean, std, popsize=self.count, generation=self.number, **options)
+        return self.band.sample(self.residual, mean, std, popsize=self.popsize, generation=self.number, **options)
 
     def placed(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(candidates [n, ..., H, W], numbers [n, D]) of given numbers."""
@@ -55,7 +54,7 @@ class Generation:
 
     def noise(self, count: int | None = None) -> Tensor:
         """Standard normals [count, D], a row for each of the first candidates; None: all."""
-        count, size = self.count if count is None else count, self.mean.numel()
+        count, size = self.popsize if count is None else count, self.mean.numel()
         if self.draws is not None:
             return self.draws[:count]
         # At level 0 the lowest band of a latent is all of it.
@@ -70,8 +69,8 @@ class Generation:
         """
         if self.number == 0:
             return self.noise()
-        noise = self.noise((self.count + 1) // 2)
-        return torch.stack([noise, -noise], 1).flatten(0, 1)[: self.count]
+        noise = self.noise((self.popsize + 1) // 2)
+        return torch.stack([noise, -noise], 1).flatten(0, 1)[: self.popsize]
 
     def if_scored(self, numbers: Tensor, noise: Tensor) -> Tensor:
         """The numbers [n, D]; the noise [n, D] where no candidate has a finite score. Does not wait for the device."""
@@ -193,7 +192,7 @@ def parents(g: Generation, count: int) -> Tensor:  # [n, D]; [1, D] for one
     """The best `count` so far, in turn, with an energy of one, and so their lowest bands."""
     best = torch.where(g.scores[:count, None] > -torch.inf, g.elites[:count], g.elites[:1])
     x = unit(evened(g, best))
-    return x[torch.arange(g.count, device=x.device) % len(x)] if count > 1 else x
+    return x[torch.arange(g.popsize, device=x.device) % len(x)] if count > 1 else x
 
 
 def evened(
@@ -256,6 +255,7 @@ STRATEGIES = {
 }
 
 
+@cache
 def band_of(strategy: str, wavelet: str, level: int) -> Band:
     """The band that the strategy searches."""
     bands = {"lowest": Band(wavelet, level), "high": Band(wavelet, level, high=True), "whole": Band("db1", 0)}
