@@ -172,6 +172,20 @@ def test_random_draws_whole_noises_and_learns_nothing() -> None:
     assert torch.equal(candidates.flatten(1), low)
 
 
+def test_a_generator_draws_one_row_a_candidate() -> None:
+    ours, expected = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    config = EvolutionConfig(5, 3, "db1", 1, "ranked_whole")
+    state = start(base(4, 8, 8), config, generator=ours)
+    _, low = ask(state)
+    assert torch.equal(low, torch.randn(5, 256, generator=expected))
+    _, low = ask(tell(state, low, torch.arange(5)))
+    rows = torch.randn(5, 256, generator=expected)[:2]  # each for a candidate and its mirror image
+    std = (low[0] - low[1]).square().mean().sqrt() / rows[0].square().mean().sqrt() / 2
+    torch.testing.assert_close((low[0] - low[1]) / 2, std * rows[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close((low[2] - low[3]) / 2, std * rows[1], rtol=0, atol=1e-5)
+    assert torch.equal(ours.get_state(), expected.get_state())
+
+
 @pytest.mark.parametrize("name, b", [("zero_order", 0.3122499), ("pcn", 0.72), ("pcn_low", 0.72)])
 def test_steps_are_taken_around_the_best(name, b) -> None:
     state = searched(name, 2)
@@ -182,7 +196,7 @@ def test_steps_are_taken_around_the_best(name, b) -> None:
     assert cosine > 0.999 and x.square().mean().sub(1).abs() < 0.01
 
 
-@pytest.mark.parametrize("name", ["mirrored", "ranked", "ranked_whole", "two_stage"])
+@pytest.mark.parametrize("name", ["mirrored", "ranked", "ranked_whole", "best_two", "two_stage"])
 def test_pairs_are_mirrored_at_one_mean(name) -> None:
     low = ask(searched(name, 2, config=(5, 3, "db1", 1)))[1]
     torch.testing.assert_close(low[0] + low[1], low[2] + low[3], rtol=0, atol=1e-5)
