@@ -57,7 +57,7 @@ IN_PIPELINES = {
     "batching": {"renderer"},
     "compiling": set(),
     "config": set(),
-    "diffsynth": {"compiling", "config", "renderer", "request", "run"},
+    "diffsynth": {"compiling", "config", "enabled", "renderer", "request", "run"},
     "diffusers": {"compiling", "config", "enabled", "renderer", "request", "run"},
     "enabled": {"compiling", "request"},
     "previews": {"batching", "race", "renderer", "scoring"},
