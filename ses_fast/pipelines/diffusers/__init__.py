@@ -38,6 +38,9 @@ def disable(pipe: Any) -> None:
 
 
 def _compile(denoisers: list[Any], **settings: Any) -> None:
-    """The blocks that diffusers says its models repeat."""
+    """The blocks that diffusers says its models repeat. Raises ValueError where it names none."""
+    for denoiser in denoisers:
+        if not getattr(denoiser, "_repeated_blocks", None):
+            raise ValueError(f"diffusers names no repeated blocks of {type(denoiser).__name__}: leave compile out")
     for denoiser in denoisers:
         denoiser.compile_repeated_blocks(**settings)
