@@ -12,7 +12,8 @@ from test_diffusers import close, drawn, levels, packed, previews, rounded
 from tiny_diffusers import brightness, first, make, search
 
 import ses_fast
-from ses_fast import Preview
+from ses_fast import Preview, SESConfig
+from ses_fast.pipelines.diffusers.call import suited
 from ses_fast.pipelines.diffusers.driver import Driver
 from ses_fast.pipelines.diffusers.pictures import at_levels, of_output
 from ses_fast.pipelines.diffusers.scheduler import foreseen, noise_levels, window_on
@@ -459,6 +460,14 @@ def test_a_search_with_noise_inside_goes_on_with_the_same_generator_alone():
     assert more.evaluations == 6
     with pytest.raises(ValueError, match="its generator was"):
         search(turbo, 6, popsize=3, state=part.state, seed=None)
+
+
+def test_the_searched_band_of_large_latents():
+    """At 1024 pixels: 4 is the level of latents of 8 and 16 pixels, and 32x32 latents (Sana's) get 8x8 coefficients."""
+    assert suited(SESConfig(), 128, 8).dwt_level == suited(SESConfig(), 64, 16).dwt_level == "auto"
+    assert SESConfig().evolution(1024, 1024).dwt_level == 4
+    assert suited(SESConfig(), 32, 32).dwt_level == 2
+    assert suited(SESConfig(dwt_level=3), 32, 32).dwt_level == 3
 
 
 def test_given_latents_are_rendered(flux):

@@ -6,6 +6,7 @@ The stock call makes every image: its own for the answer, and a `Driver`'s runs 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ class SESPipeline(Enabled):
         all_frames = not is_of_pictures(request.reward)
         make = functools.partial(DiffusersRenderer, driver, family, all_frames=all_frames)
         height, width = driver.setting.height, driver.setting.width
+        request.config = suited(request.config, min(base.shape[-2:]), height // base.shape[-2])
         others: dict[str, Any] = {"num_inference_steps": request.steps}
         if not cheap.cfg:
             others[family.guidance] = family.unguided
@@ -164,6 +166,16 @@ class SESPipeline(Enabled):
             self.maybe_free_model_hooks()
         except BaseException as failed:
             error.add_note(f"the clean-up after this error failed as well: {failed!r}")
+
+
+def suited(config: SESConfig, side: int, pixels: int) -> SESConfig:
+    """The settings, with the level of the band where it is open and a latent has more pixels than usual (Sana's 32).
+
+    side: of the latents. With 8 pixels a latent "auto" makes a band of about 8x8; so it does here.
+    """
+    if pixels <= 16 or config.dwt_level != "auto" or config.state is not None:
+        return config
+    return replace(config, dwt_level=max(1, (side // 8).bit_length() - 1))
 
 
 def check(given: Mapping[str, Any], reward: Any, steps: Any, config: Any) -> None:

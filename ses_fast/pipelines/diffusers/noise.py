@@ -70,14 +70,20 @@ class OneForAll(TorchFunctionMode):
 
 
 class Streams:
-    """The random streams that a call may draw from: its generator, and torch's own on CPU and on the device."""
+    """The random streams that a call may draw from: its generator, and torch's own on CPU and on the device.
+
+    Raises ValueError for a call without a generator on a device whose own stream torch does not show.
+    """
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self.generators = [torch.default_generator]
         if device.type != "cpu":
             module = torch.get_device_module(device.type)
-            index = module.current_device() if device.index is None else device.index
-            self.generators.append(module.default_generators[index])
+            if hasattr(module, "default_generators"):
+                current = module.current_device()  # also makes them, the first time
+                self.generators.append(module.default_generators[current if device.index is None else device.index])
+            elif generator is None:
+                raise ValueError(f"torch shows no random stream of {device.type}: give generator=torch.Generator()")
         self.first = generator or self.generators[-1]  # what the call's own noise is drawn from
         if generator is not None:
             self.generators.append(generator)
