@@ -125,7 +125,7 @@ def stays_exact(tiny, call):
             images, forwards = shown, result.forwards["preview"]
             assert images.std(0).mean() > 0.01
         if preview.race:
-            assert result.forwards["preview"] < forwards and (steps == 0).sum() == 2
+            assert result.forwards["preview"] < forwards and steps.any()
         assert close(shown[steps == 0], images[steps == 0])
 
 
