@@ -1,4 +1,5 @@
-"""The cross-entropy method on the lowest wavelet band (arXiv 2602.03208; `diffsynth.utils.ses.ses_search`).
+"""Ask and tell: a search of the initial noise by one of the `strategies`, at first the cross-entropy method on the
+lowest wavelet band (arXiv 2602.03208; `diffsynth.utils.ses.ses_search`).
 
 State in, state out; nothing here calls an objective:
 
@@ -16,15 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, spectral
+from . import ops
 from .checks import check_base, check_noise
-from .state import Drawn, EvolutionConfig, SearchState
+from .spectral import Band
+from .state import Drawn, EvolutionConfig, SearchState, ranking
+from .strategies import STRATEGIES, Generation
 
 __all__ = ["EvolutionConfig", "Leader", "SearchState", "ask", "leader", "start", "tell"]
 
 
 class Leader(NamedTuple):
-    """The best candidate so far."""
+    """The best candidate so far, by a final score."""
 
     latents: Tensor  # [1, ..., H, W] in the base's dtype
     number: int  # generation * popsize + index
@@ -40,7 +43,7 @@ def start(
     include_base: bool = False,
     backend: str | None = None,
 ) -> SearchState:
-    """The state before the first generation: mean 0 and variance 1, whatever the base's own lowest band is.
+    """The state before the first generation: mean 0 and variance 1, whatever the base's own numbers are.
 
     With neither `seed` nor `generator` the seed is drawn once from torch's global state. With `include_base`
     the base takes the place of candidate 0 of generation 0. Raises ValueError unless the base is one finite
@@ -53,7 +56,7 @@ def start(
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
 
     base = base_latents.detach().clone()
-    base_low, residual = spectral.split(base, config.wavelet_name, config.dwt_level, backend=backend)
+    base_low, residual = config.band.split(base, backend=backend)
     size, device = base_low.numel(), base.device
     return SearchState(
         config=config,
@@ -70,6 +73,7 @@ def start(
         complete=(),
         partial=(),
         evaluations=0,
+        steps=torch.empty(0, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -80,9 +84,9 @@ def ask(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The current generation: (candidates [P, ..., H, W] in the base's dtype, lowest bands [P, D] fp32).
+    """The current generation: (candidates [P, ..., H, W] in the base's dtype, their numbers in the band [P, D] fp32).
 
-    low = mean + sqrt(max(variance, 1e-9)) * eps takes the place of the base's. A second call gives the same.
+    They are drawn as the strategy says and take the place of the base's. A second call gives the same.
 
     count: only the first `count` candidates, [count, ...], where the budget ends before the generation does; they
     are those of the whole one. Raises RuntimeError where `backend` cannot run this, or the `tell` that follows.
@@ -90,18 +94,23 @@ def ask(
     config, generation = state.config, state.generation
     ops.check_update_elites(state.mean, config.popsize, config.k_elites, backend=backend)
     popsize = config.popsize if count is None else min(count, config.popsize)
-    candidates, low = spectral.sample_population(
-        state.residual,
-        state.mean,
-        state.variance.clamp(min=1e-9).sqrt(),
-        config.wavelet_name,
-        config.dwt_level,
-        popsize=popsize,
-        seed=state.seed,
-        generation=generation,
-        draws=None if state.drawn is None else state.drawn(generation)[:popsize].to(state.base.device),
-        dtype=state.base.dtype,
-        backend=backend,
+    candidates, low = STRATEGIES[config.strategy].draw(
+        Generation(
+            number=generation,
+            count=popsize,
+            residual=state.residual,
+            shape=tuple(state.base_low.shape[1:]),
+            mean=state.mean,
+            variance=state.variance,
+            elites=state.elite_low,
+            scores=state.elite_scores,
+            band=config.band,
+            lowest=Band(config.wavelet_name, config.dwt_level),
+            seed=state.seed,
+            draws=None if state.drawn is None else state.drawn(generation)[:popsize].to(state.base.device),
+            dtype=state.base.dtype,
+            backend=backend,
+        )
     )
     if state.include_base and generation == 0:
         candidates[0], low[0] = state.base[0], state.base_low.flatten()
@@ -114,22 +123,23 @@ def tell(
     low: Tensor,  # [P, D] from `ask`; looked at when the generation is complete
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
     *,
-    steps: Tensor | None = None,
+    steps: Tensor | None = None,  # [n] int64 on the CPU, as `SearchState.steps`; None: all are final
     members: Mapping[str, Tensor] | None = None,  # [n] each: the raw scores that `scores` combines
     fingerprint: Mapping[str, Any] | None = None,  # see `Objective.fingerprint`; None: as it was
     backend: str | None = None,
 ) -> SearchState:
     """The state with n more scores. They wait until their generation is complete, which moves the mean.
 
+    The elites are the best final scores, and early ones only in places that no final one takes.
     A score that is not finite becomes -inf. Does not wait for the device. Raises ValueError for
-    scores of another shape, and for more than there are candidates left. `backend`: of `ops.update_elites`.
+    scores and steps of another shape, and for more than there are candidates left. `backend`: of `ops.update_elites`.
     """
     left = state.config.popsize - state.index
     if scores.ndim != 1 or not 1 <= scores.numel() <= left:
         raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
     news: dict[str, Any] = {
         "evaluations": state.evaluations + scores.numel(),
-        "steps": torch.cat([state.steps, torch.zeros(scores.numel(), dtype=torch.int64) if steps is None else steps]),
+        "steps": _more_steps(state, steps, scores.numel()),
         "members": _more_members(state, members or {}) if members or state.members else state.members,
         "fingerprint": state.fingerprint if fingerprint is None else fingerprint,
     }
@@ -141,16 +151,8 @@ def tell(
 
     if state.partial:
         scores = torch.cat([*state.partial, scores.to(state.mean.device, torch.float64)])
-    elites = ops.update_elites(
-        low,
-        scores.to(state.mean.device),
-        state.elite_low,
-        state.elite_scores,
-        state.mean,
-        state.variance,
-        k_elites=state.config.k_elites,
-        backend=backend,
-    )
+    update = _update_raced if news["steps"].any() else _update
+    elites = update(state, low, scores.to(state.mean.device), news["steps"], backend)
     return replace(
         state,
         complete=(*state.complete, elites.scores),
@@ -161,6 +163,37 @@ def tell(
         variance=elites.variance,
         **news,
     )
+
+
+def _update(state: SearchState, low: Tensor, scores: Tensor, steps: Tensor, backend: str | None) -> ops.Elites:
+    """The elites of a search whose scores [P] are all final."""
+    given = (low, scores, state.elite_low, state.elite_scores, state.mean, state.variance)
+    return ops.update_elites(*given, k_elites=state.config.k_elites, backend=backend)
+
+
+def _update_raced(state: SearchState, low: Tensor, scores: Tensor, steps: Tensor, backend: str | None) -> ops.Elites:
+    """The same where some scores are early: the op, which compares numbers, is given places in place of scores."""
+    scores = scores.double().nan_to_num(*[-torch.inf] * 3)
+    known = torch.cat([*state.complete, scores])  # [n], in order
+    best = ranking(known, steps)
+    places = torch.empty_like(known)
+    places[best] = -torch.arange(len(known), dtype=known.dtype, device=known.device)
+    places = places.where(known > -torch.inf, -torch.inf)
+    before, now = places.split([len(known) - len(scores), len(scores)])
+    before = before.sort(descending=True, stable=True).values[: len(state.elite_scores)]
+    elites = _update(replace(state, elite_scores=before), low, now, steps, backend)
+    return elites._replace(elite_scores=known[best[: len(elites.elite_scores)]], scores=scores)
+
+
+def _more_steps(state: SearchState, steps: Tensor | None, count: int) -> Tensor:
+    if steps is None:
+        steps = torch.zeros(count, dtype=torch.int64, device="cpu")
+    elif steps.shape != (count,) or steps.dtype != torch.int64 or steps.device.type != "cpu" or (steps < 0).any():
+        raise ValueError(
+            f"steps must be {count} numbers from 0 on, int64 on the CPU; got {tuple(steps.shape)}, {steps.dtype} on "
+            f"{steps.device}"
+        )
+    return torch.cat([state.steps, steps])
 
 
 def _more_members(state: SearchState, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,13 +213,14 @@ def leader(
     *,
     backend: str | None = None,
 ) -> Leader | None:
-    """The best candidate ever scored, the first among equals; None where no score is finite.
+    """The candidate with the best final score, the first among equals; None where no final score is finite.
 
-    Built again from its lowest band; the base itself, bit for bit, where that won. Waits for the device.
+    Built again from its numbers in the band; the base itself, bit for bit, where that won. Waits for the device.
     """
     scores = state.history
-    number = max(range(len(scores)), key=scores.__getitem__, default=0)
-    if not scores or scores[number] == -torch.inf:
+    final = [number for number, steps in enumerate(state.steps.tolist()) if steps == 0]
+    number = max(final, key=scores.__getitem__, default=0)
+    if not final or scores[number] == -torch.inf:
         return None
     if state.include_base and number == 0:
         return Leader(state.base.clone(), number, scores[number])
@@ -196,9 +230,8 @@ def leader(
         best = state.elite_low[0]
     else:
         best = (ask(state, index + 1, backend=backend)[1] if low is None else low)[index]
-    config, dtype = state.config, state.base.dtype
     best = best.view(state.base_low.shape)
-    latents = spectral.merge(state.residual, best, config.wavelet_name, config.dwt_level, dtype=dtype, backend=backend)
+    latents = state.config.band.merge(state.residual, best, dtype=state.base.dtype, backend=backend)
     return Leader(latents, number, scores[number])
 
 
