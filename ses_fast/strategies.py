@@ -46,9 +46,7 @@ class Generation:
         draws = self.draws if draws is None else draws
         noise: dict[str, Any] = {"draws": draws, "seed": self.seed if draws is None else None}
         options: dict[str, Any] = {"dtype": self.dtype, "backend": self.backend, **noise}
-        return self.band.sample(
-            self.residual, mean, std, popsize=self.count, generation=self.number, **options
-        )
+        return self.band.sample(self.residual, mean, std, popsize=self.count, generation=self.number, **options)
 
     def placed(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(candidates [n, ..., H, W], numbers [n, D]) of given numbers."""
