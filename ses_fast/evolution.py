@@ -23,7 +23,7 @@ from .spectral import Band
 from .state import Drawn, EvolutionConfig, SearchState, ranking
 from .strategies import STRATEGIES, Generation
 
-__all__ = ["EvolutionConfig", "Leader", "SearchState", "ask", "leader", "start", "tell"]
+__all__ = ["EvolutionConfig", "Leader", "SearchState", "ask", "leader", "leaders", "start", "tell"]
 
 
 class Leader(NamedTuple):
@@ -206,7 +206,6 @@ def _more_members(state: SearchState, members: Mapping[str, Tensor]) -> dict[str
     }
 
 
-@torch.no_grad()
 def leader(
     state: SearchState,
     low: Tensor | None = None,  # [n, D] of the current generation's scored candidates, where they are at hand
@@ -217,25 +216,36 @@ def leader(
 
     Built again from its numbers in the band; the base itself, bit for bit, where that won. Waits for the device.
     """
-    scores = state.history
-    final = [number for number, steps in enumerate(state.steps.tolist()) if steps == 0]
-    number = max(final, key=scores.__getitem__, default=0)
-    if not final or scores[number] == -torch.inf:
-        return None
-    if state.include_base and number == 0:
-        return Leader(state.base.clone(), number, scores[number])
-    index = number - state.generation * state.config.popsize
-    # The first elite is the best of all complete generations; one of the generation under way is drawn again.
-    if index < 0:
-        best = state.elite_low[0]
-    else:
-        best = (ask(state, index + 1, backend=backend)[1] if low is None else low)[index]
-    best = best.view(state.base_low.shape)
-    latents = state.config.band.merge(state.residual, best, dtype=state.base.dtype, backend=backend)
-    return Leader(latents, number, scores[number])
+    return next(iter(leaders(state, 1, low, backend=backend)), None)
 
 
-def leaders(state: SearchState, count: int, *, backend: str | None = None) -> list[Leader]:
-    """WIP: the best."""
-    best = leader(state, backend=backend)
-    return [] if best is None else [best]
+@torch.no_grad()
+def leaders(
+    state: SearchState,
+    count: int,
+    low: Tensor | None = None,  # as in `leader`
+    *,
+    backend: str | None = None,
+) -> list[Leader]:
+    """The `count` candidates with the best final scores, in order; fewer where fewer are finite.
+
+    Raises ValueError for more than k_elites: a state does not know the numbers of the others any more.
+    """
+    config, scores = state.config, state.history
+    if count > config.k_elites:
+        raise ValueError(f"a search keeps its {config.k_elites} best candidates: {count} cannot be built again")
+    final = [number for number, steps in enumerate(state.steps.tolist()) if steps == 0 and scores[number] > -torch.inf]
+    best = sorted(final, key=lambda number: -scores[number])[:count]
+    under_way = state.generation * config.popsize  # its first candidate; those before are elites, in the same order
+    if low is None and any(number >= under_way for number in best):
+        low = ask(state, max(best) - under_way + 1, backend=backend)[1]
+    elites, found = iter(state.elite_low), []
+    for number in best:
+        numbers = next(elites) if number < under_way or low is None else low[number - under_way]
+        if state.include_base and number == 0:
+            latents = state.base.clone()
+        else:
+            numbers = numbers.view(state.base_low.shape)
+            latents = config.band.merge(state.residual, numbers, dtype=state.base.dtype, backend=backend)
+        found.append(Leader(latents, number, scores[number]))
+    return found

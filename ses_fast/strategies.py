@@ -53,20 +53,29 @@ class Generation:
         bands = numbers.view(len(numbers), *self.shape)
         return self.band.merge(self.residual, bands, dtype=self.dtype, backend=self.backend), numbers
 
-    def noise(self, count: int | None = None, size: int | None = None) -> Tensor:
-        """Standard normals [count, size], the first numbers of the first candidates' rows; None: all."""
-        count, size = self.count if count is None else count, self.mean.numel() if size is None else size
+    def noise(self, count: int | None = None) -> Tensor:
+        """Standard normals [count, D], a row for each of the first candidates; None: all."""
+        count, size = self.count if count is None else count, self.mean.numel()
         if self.draws is not None:
-            return self.draws[:count, :size]
+            return self.draws[:count]
         # At level 0 the lowest band of a latent is all of it.
         zeros, ones = self.mean.new_zeros(size), self.mean.new_ones(size)
         normal: dict[str, Any] = {"seed": self.seed, "generation": self.number, "backend": self.backend}
         return ops.sample_population(zeros.view(1, 1, size), zeros, ones, 0, popsize=count, **normal)[1]
 
-    def mirrored(self, size: int | None = None) -> Tensor:
-        """Antithetic pairs [n, size]: candidates 2i and 2i + 1 have the noise of row i and its negative."""
-        noise = self.noise((self.count + 1) // 2, size)
+    def mirrored(self) -> Tensor:
+        """Antithetic pairs [n, D]: candidates 2i and 2i + 1 have the noise of row i and its negative.
+
+        Not in the first generation, which has nothing to mirror at: its noises may as well be all different.
+        """
+        if self.number == 0:
+            return self.noise()
+        noise = self.noise((self.count + 1) // 2)
         return torch.stack([noise, -noise], 1).flatten(0, 1)[: self.count]
+
+    def if_scored(self, numbers: Tensor, noise: Tensor) -> Tensor:
+        """The numbers [n, D]; the noise [n, D] where no candidate has a finite score. Does not wait for the device."""
+        return torch.where(self.scores[0] > -torch.inf, numbers, noise)
 
     def apart(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest bands [n, ..., h, w] and the rest [n, ..., H, W] of whole noises [n, D]."""
@@ -97,7 +106,9 @@ def random(g: Generation) -> tuple[Tensor, Tensor]:
 
 def zero_order(g: Generation) -> tuple[Tensor, Tensor]:
     """x' = 0.95 x + sqrt(1 - 0.95^2) n: neighbours of the best so far at one step (Ma et al., arXiv 2501.09732)."""
-    return g.placed(stepped(parents(g, 1), math.sqrt(1 - 0.95**2), g.noise(), g))
+    if g.number == 0:
+        return random(g)
+    return g.placed(stepped(g, parents(g, 1), math.sqrt(1 - 0.95**2), g.noise()))
 
 
 def mirrored(g: Generation) -> tuple[Tensor, Tensor]:
@@ -113,27 +124,42 @@ def ranked(g: Generation) -> tuple[Tensor, Tensor]:
 def two_stage(g: Generation) -> tuple[Tensor, Tensor]:
     """First whole noises x' = n; then the leader's high bands stay, and `ranked` searches the lowest band."""
     if g.number == 0:
-        return g.placed(g.noise())
+        return random(g)
+    return g.placed(_low_of_leader(g, g.mirrored()))
+
+
+def ranked_both(g: Generation) -> tuple[Tensor, Tensor]:
+    """First whole noises; then one pair as `ranked` draws whole noises, the next as `two_stage` draws lowest bands."""
+    if g.number == 0:
+        return random(g)
+    mean, std = held(evened(g, weighted(g.elites, g.scores)))
+    n = g.mirrored()
+    return g.placed(in_turn(mean + std * n, _low_of_leader(g, n)))
+
+
+def _low_of_leader(g: Generation, noise: Tensor) -> Tensor:  # [n, D]
     low, rest = g.apart(g.elites)
     mean, std = held(weighted(low.flatten(1), g.scores))
-    numbers = mean + std * g.mirrored(mean.numel())
-    return g.placed(g.joined(numbers.view(-1, *low.shape[1:]), rest[:1]))
+    numbers = mean + std * noise[:, : mean.numel()]
+    return g.if_scored(g.joined(numbers.view(-1, *low.shape[1:]), rest[:1]), noise)
 
 
 def pcn(g: Generation) -> tuple[Tensor, Tensor]:
     """x' = sqrt(1 - b^2) x + b n around the best x (preconditioned Crank-Nicolson, Cotter et al., arXiv 1202.0709)."""
-    return g.placed(stepped(parents(g, 1), step(g.number), g.noise(), g))
+    if g.number == 0:
+        return random(g)
+    return g.placed(stepped(g, parents(g, 1), step(g.number), g.noise()))
 
 
 def pcn_both(g: Generation) -> tuple[Tensor, Tensor]:
     """`pcn` around the best two in turn, one pair of steps in the whole noise, the next in the lowest band alone."""
     if g.number == 0:
-        return g.placed(g.noise())
+        return random(g)
     x, b, n = parents(g, 2), step(g.number), g.noise()
     low, rest = g.apart(x)
-    moved = stepped(low.flatten(1), b, n[:, : low[0].numel()], g)
-    turn = torch.arange(g.count, device=x.device)[:, None] // 2 % 2
-    return g.placed(torch.where(turn == 0, stepped(x, b, n, g), g.joined(moved.view(low.shape), rest)))
+    moved = stepped(g, low.flatten(1), b, n[:, : low[0].numel()])
+    in_low = g.if_scored(g.joined(moved.view(low.shape), rest), n)
+    return g.placed(in_turn(stepped(g, x, b, n), in_low))
 
 
 # ---------------------------------------------------------------- what they share
@@ -159,14 +185,12 @@ def held(
 
 
 def step(generation: int) -> float:
-    """The deviation b of a step: 1 first, then 0.9, 0.72, ... down to LEAST_STEP."""
-    return max(LEAST_STEP, 0.9 * 0.8 ** (generation - 1)) if generation else 1.0
+    """The deviation b of a step: 0.9 in generation 1, then 0.72, 0.58, ... down to LEAST_STEP."""
+    return max(LEAST_STEP, 0.9 * 0.8 ** (generation - 1))
 
 
 def parents(g: Generation, count: int) -> Tensor:  # [n, D]; [1, D] for one
     """The best `count` so far, in turn, with an energy of one, and so their lowest bands."""
-    if g.number == 0:
-        return g.mean[None]
     best = torch.where(g.scores[:count, None] > -torch.inf, g.elites[:count], g.elites[:1])
     x = unit(evened(g, best))
     return x[torch.arange(g.count, device=x.device) % len(x)] if count > 1 else x
@@ -176,7 +200,7 @@ def evened(
     g: Generation,
     x: Tensor,  # [..., D]
 ) -> Tensor:  # [..., D]
-    """A whole noise whose lowest band is made to have its mean square too; else scores that like it strong would win."""
+    """x with the mean square of all its numbers in its lowest band too, where a score may like more, or less."""
     if g.band == g.lowest:
         return x
     low, rest = g.apart(x)
@@ -190,15 +214,21 @@ def unit(x: Tensor) -> Tensor:  # [n, D]
 
 
 def stepped(
+    g: Generation,
     x: Tensor,  # [n, D] or [1, D]
     b: float,
     noise: Tensor,  # [n, D]
-    g: Generation,
 ) -> Tensor:  # [n, D]
-    """sqrt(1 - b^2) x + b noise, which keeps N(0, 1); the noise itself where no elite has a score yet."""
-    if g.number == 0:
-        return noise
-    return torch.where(g.scores[0] > -torch.inf, math.sqrt(1 - b**2) * x + b * noise, noise)
+    """sqrt(1 - b^2) x + b noise, which keeps N(0, 1); the noise where no candidate has a finite score."""
+    return g.if_scored(math.sqrt(1 - b**2) * x + b * noise, noise)
+
+
+def in_turn(
+    these: Tensor,  # [n, D]
+    those: Tensor,  # [n, D]
+) -> Tensor:  # [n, D]
+    """Two of these, two of those, two of these, ..."""
+    return torch.where(torch.arange(len(these), device=these.device)[:, None] // 2 % 2 == 0, these, those)
 
 
 # ---------------------------------------------------------------- by name
@@ -212,6 +242,7 @@ STRATEGIES = {
     "mirrored": Strategy(mirrored),
     "ranked": Strategy(ranked),
     "ranked_whole": Strategy(ranked, "whole"),
+    "ranked_both": Strategy(ranked_both, "whole"),
     "two_stage": Strategy(two_stage, "whole"),
     "pcn_low": Strategy(pcn),
     "pcn": Strategy(pcn, "whole"),
