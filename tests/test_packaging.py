@@ -22,22 +22,27 @@ HEAVY = ("triton", "diffsynth", "transformers", "matplotlib", "pywt")
 IMPORTS = {
     "__init__": {"embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
+    "batch": {"checks", "folder", "page", "pipelines", "prompts", "result"},
     "checks": {"reference"},
-    "cli": {"_torchvision", "embedded", "files", "ops", "pipelines", "report", "rewards"},
+    "cli": {"batch", "embedded", "files", "folder", "job", "ops", "page", "prompts", "report", "rewards"},
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},
     "evolution": {"checks", "ops", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
+    "folder": {"files", "prompts", "result"},
+    "job": {"_torchvision", "embedded", "pipelines", "rewards"},
     "kernels": {"custom_op", "reference"},
     "loop": {"checks", "cpu", "evolution", "objective", "recorder", "result", "state", "stopwatch"},
     "objective": {"scores"},
     "ops": {"checks", "fast_torch", "kernels", "reference"},
+    "page": {"folder"},
     "pipelines": {
         *("_torchvision", "checks", "cpu", "loop", "objective", "ops"),
         *("evolution", "result", "rewards", "scores", "spectral", "state", "stopwatch"),
     },
+    "prompts": set(),
     "recorder": {"evolution", "objective", "result", "state", "stopwatch"},
     "reference": set(),
     "report": set(),
@@ -71,7 +76,7 @@ IN_PIPELINES = {
 }
 MOST_LINES = 450  # of a file under ses_fast/
 LONG = {"reference.py", "embedded/train.py"}
-ONLY_IN = {"matplotlib": {"report"}, "triton": {"kernels"}}
+ONLY_IN = {"matplotlib": {"report"}, "triton": {"kernels"}, "jinja2": {"page"}, "filelock": {"folder"}}
 
 
 def run(code: str) -> str:
@@ -225,7 +230,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert sum(size for name, size in sizes.items() if "/weights/" in name) <= 25e6
     weights = [path for path in (ROOT / "ses_fast" / "embedded" / "weights").rglob("*") if path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in [*sources(), *weights]}
-    expected |= {"ses_fast/py.typed", "ses_fast/embedded/README.md"}
+    expected |= {"ses_fast/page.html", "ses_fast/py.typed", "ses_fast/embedded/README.md"}
     assert names == {f"ses_fast/{name}" if name.startswith("kernels/") else name for name in expected}
 
 
