@@ -1,19 +1,18 @@
 """Which previews can be trusted on a model that nobody has measured: `ses-fast calibrate`.
 
 The same noises at full fidelity and at each cheaper setting. What ranks them nearly alike, and costs less, is worth
-searching with. A race is judged by its own estimates, x0 after each step; a level by whether the low band decides what an
-image is worth.
+searching with. A race is judged by its own estimates, x0 after each step; a level by whether the low band decides what
+an image is worth.
 """
 
 import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import evolution, ops
@@ -159,7 +158,8 @@ class _Record:
     """A reward that keeps what it says, in order."""
 
     def __init__(self, reward: Callable[[Tensor, str], Any]) -> None:
-        self.reward, self.scores = reward, []
+        self.reward = reward
+        self.scores: list[list[float]] = []
 
     def __call__(self, images: Tensor, prompt: str) -> Tensor:
         scores = as_scores(self.reward(images, prompt), len(images), "the reward")
@@ -175,7 +175,7 @@ def _bands(
     result: SearchResult,
     found: Measured,
 ) -> None:
-    """Scores of noises ("itself"), of those with the same low band and all else anew ("kept"), and with it alone anew."""
+    """Scores of noises ("itself"), with the same low band and all else drawn anew ("kept"), with it alone drawn anew."""
     state, few = result.state, min(RELATIVES, len(result.trace))
     noises = _noises(state, state.seed, few, include_base=True)
     others = _noises(state, seed + 2**32, few, include_base=False)
@@ -309,9 +309,9 @@ def markdown(found: Measured, told: Advice, about: Mapping[str, Any]) -> str:
     words = ", ".join(f"{name} {value}" for name, value in about.items())
     parts = [
         "# Previews against full fidelity",
-        f"{words}; {len(full.scores)} prompts, {noises} noises each. Spearman's correlation is the mean within a prompt, "
-        "[..] holds it with 95 %. Time: predicted, to the reward of a random search at full fidelity, over its time; in "
-        "brackets how many of the best are rendered again.",
+        f"{words}; {len(full.scores)} prompts, {noises} noises each. Spearman's correlation is the mean within a prompt; "
+        "[..] holds it with 95 %. Time: predicted, to the reward of a random search at full fidelity, over its time, with "
+        "so many of the best rendered in full again.",
     ]
     columns = ("preview", "cost", "Spearman's correlation", f"of the best {top} kept", "time")
     looks = [(setting.name, look) for setting, look in found.settings.items()]
@@ -332,8 +332,8 @@ def markdown(found: Measured, told: Advice, about: Mapping[str, Any]) -> str:
             [str(level), *map(_interval, band_correlations(each)), "yes" if decides(each) else "no"]
             for level, each in found.bands.items()
         ]
-        columns = ("level", "the same low band, all else anew", "the low band alone anew", "it decides")
-        parts += ["Correlation of an image's reward with that of one with", table(columns, bands)]
+        kinds = ("level", "the same low band, all else anew", "the low band alone anew", "it decides")
+        parts += ["Correlation of an image's reward with that of one with", table(kinds, bands)]
     return "\n\n".join([*parts, *_sentences(told)])
 
 
@@ -343,7 +343,8 @@ def _sentences(told: Advice) -> list[str]:
         lines.append(f"No cheaper setting ranks with a correlation of {ENOUGH}: keep previews at full fidelity.")
     else:
         lines.append(
-            f"Recommended previews: {told.setting.name} (ses_inference_steps={told.setting.steps}), refine={told.refine}."
+            f"Recommended previews: {told.setting.name}, refine={told.refine}, in a call with "
+            f"ses_inference_steps={told.setting.steps}."
         )
     lines.append(f"Recommended race: {list(told.race)}." if told.race else "No race is worth its looks.")
     if told.level is None:

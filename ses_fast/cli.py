@@ -1,5 +1,6 @@
 """The command `ses-fast`: `generate` makes an image with and without search, `batch` those of a file of prompts,
-`rewards` lists the reward models, `doctor` says what would run.
+`compare` sets methods against each other at equal cost, `calibrate` says which previews can be trusted, `rewards` lists
+the reward models, `doctor` says what would run.
 
 Each command is a function that checks its arguments, loads what they name and returns the work. Bad input
 ends in one line and exit code 2, before the work.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .commands import HELDOUT, prepare_calibrate, prepare_compare
 from .files import write_whole
 from .job import EMBEDDED, MODELS, Job, check_writable, checked_prompt
 from .prompts import FORMATS, read_prompts
@@ -304,12 +306,49 @@ def _parser() -> argparse.ArgumentParser:
     _add_search_options(batch, "folder for the images, results.jsonl, summary.json and index.html")
     batch.set_defaults(prepare=_batch)
 
+    compare = commands.add_parser(
+        "compare", help="search methods at equal cost, by evidence", formatter_class=_Formatter
+    )
+    _add_study_options(compare, Path("compare"), "folder for the report, its figures and plot")
+    add = compare.add_argument
+    add("--tasks", help="rewards to search with, each by itself, with commas (default: clip,jpeg, or --reward)")
+    add("--report-reward", metavar="NAME", help="a reward that takes no part in a search (default: embedded_heldout)")
+    add("--budgets", help="evaluations, with commas (default: 10,20,30,50)")
+    add("--seeds", type=_at_least(1), help="searches of a prompt, each from its own noise (default: 2)")
+    add("--methods", help="names with commas (default: all that the report then names)")
+    add("--quick", action="store_true", help="few methods, small budgets, 4 minutes on two cores")
+    add("--minutes", type=float, help="no prompt is begun that would not end by then (default: 60); run again to go on")
+    add("--workers", type=_at_least(1), help="processes of one thread (default: the cores, 1 with a GPU)")
+    add("--rounds", type=_at_least(1), help="prompts on which the seconds are measured (default: 3)")
+    compare.set_defaults(prepare=prepare_compare)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="which previews, race and level a model and a reward can be searched with",
+        formatter_class=_Formatter,
+    )
+    _add_study_options(calibrate, Path("ses.json"), "JSON of settings that --config takes; the report goes beside it")
+    calibrate.add_argument("--noises", type=_at_least(2), default=24, help="of each prompt")
+    calibrate.set_defaults(prepare=prepare_calibrate)
+
     rewards = commands.add_parser("rewards", help="list the rewards: size, source, what is installed, what is missing")
     rewards.set_defaults(prepare=_rewards)
 
     doctor = commands.add_parser("doctor", help="print versions, devices and the backend that would run")
     doctor.set_defaults(prepare=_doctor)
     return parser
+
+
+def _add_study_options(parser: argparse.ArgumentParser, out: Path, what: str) -> None:
+    """What `compare` and `calibrate` have in common."""
+    add, at_least_one = parser.add_argument, _at_least(1)
+    add("prompts", help=f'file of prompts as for batch; of the embedded model "{HELDOUT}" or a number of its captions')
+    add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
+    add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
+    add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
+    add("--height", type=at_least_one, help="pixels (default: the model's own)")
+    add("--width", type=at_least_one, help="pixels (default: the model's own)")
+    add("--out", type=Path, default=out, help=what)
 
 
 def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -145,8 +146,8 @@ def _documented(
 ) -> tuple[list[Tensor], list[float]]:
     """(the final image [1, 3, H, W], the seconds) of each budget of the installed `ses_search`.
 
-    It draws from torch's global state, which is seeded. Its previews are the final images; final: make them all the same,
-    for their time.
+    It draws from torch's global state, which is seeded. Its previews are the final images; final: one is made all the
+    same, for its time.
     """
     from .pipelines.diffsynth.documented import Flow
 
@@ -184,7 +185,8 @@ class _Marks:
     """Collects the best preview after each budget, of those that were not stopped on their way."""
 
     def __init__(self, budgets: Sequence[int]) -> None:
-        self.budgets, self.images = set(budgets), []
+        self.budgets = set(budgets)
+        self.images: list[Tensor] = []
         self.leader: tuple[float, Tensor] = (-float("inf"), torch.empty(0))
         self.count = 0
 
@@ -276,6 +278,11 @@ def open_folder(out: Path, plan: Plan) -> tuple[Lines, Lines]:
     else:
         write_whole(path, lambda file: file.write_text(json.dumps(plan.settings, indent=1) + "\n"))
     return Lines(out / "scores.jsonl"), Lines(out / "times.jsonl")
+
+
+def usual_workers() -> int:
+    """A process for each core; with a GPU only this one."""
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def run(

@@ -1,4 +1,4 @@
-"""A pipeline with its rewards, as `compare` and `calibrate` use them: the documented call, and what is said of an image."""
+"""A pipeline with its rewards, as `compare` and `calibrate` use them: the documented call, and scores of images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +20,9 @@ RewardFunction = Callable[[Tensor, str], Any]
 class Studio:
     """What one process has loaded.
 
-    pipe: enabled. rewards: by the name of the task that searches with it. held_out: takes part in no search. judge: whether an
-    image is right, where there is an oracle. steps: of an image. size: height and width, where they are not the model's.
+    pipe: enabled. rewards: by the name of the task that searches with it. held_out: takes part in no search. judge:
+    whether an image is right, where there is an oracle. steps: of an image. size: height and width, where they are not
+    the model's own.
     """
 
     pipe: Any

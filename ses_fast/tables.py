@@ -86,14 +86,15 @@ def _half(
                         apart = mine[kind][:, i] - means[other][kind][:, i]
                         figures[f"{kind} to {other}"] = mean_of(apart.tolist())
             budgets.append(figures)
-        found[name] = {"budgets": budgets}
+        summary: dict[str, Any] = {"budgets": budgets}
         if REFERENCE.name in means and name in costs and REFERENCE.name in costs:
-            found[name]["share of the reference's time"] = time_share(
+            summary["share of the reference's time"] = time_share(
                 mine["reward"],
                 costs[name]["seconds"],
                 means[REFERENCE.name]["reward"][:, target],
                 costs[REFERENCE.name]["seconds"][target],
             )
+        found[name] = summary
     return found
 
 
@@ -147,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def plotted(figures: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """What `report.draw_comparison` draws: by task and method, rewards over seconds and forwards, of the odd prompts."""
+    """What `report.draw_comparison` draws, of the odd prompts: rewards over seconds and forwards, by task and method."""
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     for task, halves in figures["tasks"].items():
         half = halves["odd"] if halves["odd"]["methods"] else halves["even"]
@@ -172,13 +173,13 @@ def markdown(figures: Mapping[str, Any]) -> str:
     about = ", ".join(f"{name} {value}" for name, value in {**settings["about"], **machine}.items())
     parts = [
         "# Methods at equal cost",
-        f"{about}. Budgets {', '.join(map(str, budgets))}; {settings['seeds']} seed(s) a prompt; methods share the base "
-        "noises. Rewards are of the final image at full fidelity. [..] holds the truth with 95 %, by a bootstrap over "
-        f"prompts, differences paired by prompt. Seconds are medians over {machine['rounds']} prompts on which all methods "
-        "took turns, in one process with all threads; rewards come from processes of one thread. A half-size forward "
-        "counts by its measured share of a full one.",
-        f"Chosen on the even prompts, by the time to the reference's reward at budget {figures['target']} on the slowest "
-        f"task: **{figures['chosen'] or 'none reaches it on all tasks'}**.",
+        f"{about}. Budgets {', '.join(map(str, budgets))}; {settings['seeds']} seed(s) a prompt; all methods start from "
+        "the same noises. Rewards are of the final image at full fidelity. [..] holds the truth with 95 %, by a bootstrap "
+        f"over prompts, differences paired by prompt. Seconds are medians over {machine['rounds']} prompts on which all "
+        "methods took turns, in one process with all threads; rewards come from processes of one thread. A half-size "
+        "forward counts by its measured share of a full one.",
+        f"Chosen on the even prompts, by the time to the reference's reward at budget {figures['target']} on the task "
+        f"where that takes longest: **{figures['chosen'] or 'none reaches it on all tasks'}**.",
     ]
     for task, halves in figures["tasks"].items():
         for half in reversed(HALVES):

@@ -114,7 +114,8 @@ def prepared_inputs(pipe: Any, prompt: str, **call: Any) -> tuple[dict, dict, di
     try:
         pipe(prompt, **call)
     except _Prepared as prepared:
-        return prepared.inputs
+        shared, posi, nega = prepared.inputs
+        return shared, posi, nega
     finally:
         pipe.units.remove(stop)
     raise RuntimeError("the pipeline did not run its units")
