@@ -175,7 +175,7 @@ def _bands(
     result: SearchResult,
     found: Measured,
 ) -> None:
-    """Scores of noises ("itself"), with the same low band and all else drawn anew ("kept"), with it alone drawn anew."""
+    """Scores of noises ("itself"), with the same low band and all else anew ("kept"), and with it alone anew."""
     state, few = result.state, min(RELATIVES, len(result.trace))
     noises = _noises(state, state.seed, few, include_base=True)
     others = _noises(state, seed + 2**32, few, include_base=False)
@@ -309,9 +309,9 @@ def markdown(found: Measured, told: Advice, about: Mapping[str, Any]) -> str:
     words = ", ".join(f"{name} {value}" for name, value in about.items())
     parts = [
         "# Previews against full fidelity",
-        f"{words}; {len(full.scores)} prompts, {noises} noises each. Spearman's correlation is the mean within a prompt; "
-        "[..] holds it with 95 %. Time: predicted, to the reward of a random search at full fidelity, over its time, with "
-        "so many of the best rendered in full again.",
+        f"{words}; {len(full.scores)} prompts, {noises} noises each. Spearman's correlation is the mean within a "
+        "prompt; [..] holds it with 95 %. Time: predicted, to the reward of a random search at full fidelity, over its "
+        "time, with so many of the best rendered in full again.",
     ]
     columns = ("preview", "cost", "Spearman's correlation", f"of the best {top} kept", "time")
     looks = [(setting.name, look) for setting, look in found.settings.items()]

@@ -38,8 +38,8 @@ REFERENCE = Method(
 SES = Method("ses", "the reference's search, batched")
 RANDOM = Method("random", "best of N whole noises", strategy="random")
 CONTROLS = (
-    Method("cem, whole noise", "the reference's search of all numbers", level=0),
-    Method("cem, high band", "the reference's search of as many high ones (a control)", strategy="high_band"),
+    Method("cem whole noise", "the reference's search of all numbers", level=0),
+    Method("cem high band", "the reference's search of as many high ones (a control)", strategy="high_band"),
     Method("zero-order", "neighbours of the best at one distance", strategy="zero_order"),
 )
 
@@ -50,9 +50,9 @@ OTHERS = tuple(Method(name, f"strategy {name}", strategy=name) for name in STRAT
 
 # Best of N with cheap drafts and refinement: the scheme of Flash-BoN (arXiv 2607.04461) with what is here.
 DRAFTS = (
-    Method("best of N, raced", "whole noises in a race", strategy="random", preview=Preview(race="auto")),
+    Method("best of N raced", "whole noises in a race", strategy="random", preview=Preview(race="auto")),
     Method(
-        "best of N, drafts",
+        "best of N drafts",
         "whole noises in half the steps, the best 3 in full",
         strategy="random",
         steps=0.5,
@@ -86,4 +86,4 @@ METHODS = {
     method.name: method
     for method in (NOTHING, REFERENCE, RANDOM, SES, *CONTROLS, STRATEGY, *OTHERS, *DRAFTS, *CHEAP, MIX, *PARTS.values())
 }
-QUICK = ("no search", "reference", "random", "ses", BEST, "best of N, raced", "mix")
+QUICK = ("no search", "reference", "random", "ses", BEST, "best of N raced", "mix")

@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def plotted(figures: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """What `report.draw_comparison` draws, of the odd prompts: rewards over seconds and forwards, by task and method."""
+    """What `report.draw_comparison` draws, of the odd prompts: rewards, seconds, forwards by task and method."""
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     for task, halves in figures["tasks"].items():
         half = halves["odd"] if halves["odd"]["methods"] else halves["even"]
@@ -173,11 +173,11 @@ def markdown(figures: Mapping[str, Any]) -> str:
     about = ", ".join(f"{name} {value}" for name, value in {**settings["about"], **machine}.items())
     parts = [
         "# Methods at equal cost",
-        f"{about}. Budgets {', '.join(map(str, budgets))}; {settings['seeds']} seed(s) a prompt; all methods start from "
-        "the same noises. Rewards are of the final image at full fidelity. [..] holds the truth with 95 %, by a bootstrap "
-        f"over prompts, differences paired by prompt. Seconds are medians over {machine['rounds']} prompts on which all "
-        "methods took turns, in one process with all threads; rewards come from processes of one thread. A half-size "
-        "forward counts by its measured share of a full one.",
+        f"{about}. Budgets {', '.join(map(str, budgets))}; {settings['seeds']} seed(s) a prompt; all methods start "
+        "from the same noises. Rewards are of the final image at full fidelity. [..] holds the truth with 95 %, by a "
+        "bootstrap over prompts, differences paired by prompt. Seconds are medians over the "
+        f"{machine['rounds']} prompt(s) on which all methods took turns, in one process with all threads; rewards come "
+        "from processes of one thread. A half-size forward counts by its measured share of a full one.",
         f"Chosen on the even prompts, by the time to the reference's reward at budget {figures['target']} on the task "
         f"where that takes longest: **{figures['chosen'] or 'none reaches it on all tasks'}**.",
     ]
