@@ -136,6 +136,7 @@ class SESUnit(Family):
                 vars(pipe.scheduler).update(before)
                 self.call = call
             pipe.ses_result, finished = found
+            assert found.result.latents is not None  # the search raises where no score is finite
             best = found.result.latents
         request.answered = True
         noise = self.pack(best)
