@@ -176,7 +176,7 @@ def gain_of_more(rows: list[dict]) -> float:
 
 def correlation_within(rows: list[dict], one: str, other: str) -> float:
     """Pearson's, of all captions' scores together, each less its caption's mean."""
-    return statistics.pooled_correlation(*([row[key] for row in rows] for key in (one, other)))
+    return statistics.pooled_correlation(*([row[key] for row in rows] for key in (one, other))).value
 
 
 def rank_correlation_within(rows: list[dict], one: str, other: str) -> float:

@@ -20,7 +20,7 @@ from .files import write_whole
 from .pipelines import Preview
 from .result import SearchResult
 from .scores import as_scores
-from .statistics import Interval, best, bootstrap, mean_of, overlap, pooled_correlation, spearman, worth
+from .statistics import Interval, best, mean_of, overlap, pooled_correlation, spearman, worth
 from .studio import Studio, score_of
 from .tables import table
 
@@ -287,13 +287,8 @@ def _race_worth(found: Measured, steps: Sequence[tuple[int, float]], shares: Seq
 def band_correlations(rows: Mapping[str, list[list[float]]]) -> tuple[Interval, Interval]:
     """(of noises that share the low band alone, of those that share all else), within a prompt."""
 
-    def of(which: str) -> Interval:
-        def pooled(prompts: Tensor) -> float:
-            return pooled_correlation(*([rows[key][i] for i in prompts.tolist()] for key in ("itself", which)))
-
-        return bootstrap(pooled, len(rows["itself"]))
-
-    return of("kept"), of("anew")
+    kept, anew = (pooled_correlation(rows["itself"], rows[which]) for which in ("kept", "anew"))
+    return kept, anew
 
 
 def decides(rows: Mapping[str, list[list[float]]]) -> bool:

@@ -314,7 +314,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", help="rewards to search with, each by itself, with commas (default: clip,jpeg, or --reward)")
     add("--report-reward", metavar="NAME", help="a reward that takes no part in a search (default: embedded_heldout)")
     add("--budgets", help="evaluations, with commas (default: 10,20,30,50)")
-    add("--seeds", type=_at_least(1), help="searches of a prompt, each from its own noise (default: 2)")
+    add(
+        "--seeds",
+        type=_at_least(1),
+        help="searches of a prompt, each from its own noise; from 2 on their diversity is shown (default: 1)",
+    )
     add("--methods", help="names with commas (default: all that the report then names)")
     add("--quick", action="store_true", help="few methods, small budgets, 4 minutes on two cores")
     add("--minutes", type=float, help="no prompt is begun that would not end by then (default: 60); run again to go on")

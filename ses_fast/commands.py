@@ -16,7 +16,7 @@ from .studio import Studio
 HELDOUT = "heldout"  # in place of a file: all captions that the embedded model was never trained on
 TASKS = {"clip": "clip", "embedded": "clip", "jpeg": "jpeg"}  # of the embedded model -> what its own reward is called
 # What is asked for where an option is left out: without --quick, and with it.
-USUAL: dict[str, Any] = {"budgets": "10,20,30,50", "seeds": 2, "rounds": 3, "minutes": 60.0, "methods": None}
+USUAL: dict[str, Any] = {"budgets": "10,20,30,50", "seeds": 1, "rounds": 3, "minutes": 60.0, "methods": None}
 QUICK: dict[str, Any] = {"budgets": "10,20", "seeds": 1, "rounds": 1, "minutes": 3.5, "methods": "quick"}
 
 

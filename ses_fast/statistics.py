@@ -79,10 +79,19 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return pearson(ranks(one), ranks(other))
 
 
-def pooled_correlation(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> float:
+def pooled_correlation(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Interval:
     """Pearson's of all prompts' scores together, each less its prompt's mean; NaN where nothing varies."""
-    pairs = [[torch.tensor(each, dtype=torch.float64, device="cpu") for each in rows] for rows in (ones, others)]
-    return pearson(*(torch.cat([row - row.mean() for row in rows]) for rows in pairs))
+    sums = torch.zeros(len(ones), 3, dtype=torch.float64, device="cpu")  # of products and squares, by prompt
+    for row, pair in zip(sums, zip(ones, others, strict=True), strict=True):
+        a, b = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in pair)
+        a, b = a - a.mean(), b - b.mean()
+        row.copy_(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]))
+
+    def pooled(prompts: Tensor) -> float:
+        product, one, other = sums[prompts].sum(0).tolist()
+        return product / math.sqrt(one * other) if one * other > 0 else math.nan
+
+    return bootstrap(pooled, len(ones))
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:

@@ -44,7 +44,10 @@ def test_a_correlation_with_what_does_not_vary_is_unknown():
 
 def test_prompts_of_another_level_do_not_correlate_by_it():
     ones, others = [[1, 2, 3], [101, 102, 103]], [[3, 2, 1], [103, 102, 101]]
-    assert statistics.pooled_correlation(ones, others) == pytest.approx(-1)
+    assert statistics.pooled_correlation(ones, others) == pytest.approx((-1, -1, -1))
+    uneven = statistics.pooled_correlation([[1, 2, 3, 4], [5, 3, 4, 2]], [[2, 4, 6, 8], [-5, -3, -4, -2]])
+    assert uneven.value == pytest.approx(5 / 250**0.5), "products 10 and -5, squares 5 + 5 and 20 + 5"
+    assert (uneven.low, uneven.high) == pytest.approx((-1, 1)), "either prompt may be drawn twice"
 
 
 def test_the_overlap_counts_the_best_of_both():
