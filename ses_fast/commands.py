@@ -33,6 +33,14 @@ def prepare_compare(args: argparse.Namespace) -> Callable[[], None]:
     from .methods import METHODS
     from .methods import QUICK as FEW
 
+    prompts = _prompts(args.prompts, model)
+    if model == "embedded":
+        from .embedded.world import parse
+
+        for prompt in prompts:
+            parse(prompt)  # else the oracle could not judge its images
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
     given = vars(args) | {
         name: usual if getattr(args, name) is None else getattr(args, name)
         for name, usual in (QUICK if args.quick else USUAL).items()
@@ -40,7 +48,7 @@ def prepare_compare(args: argparse.Namespace) -> Callable[[], None]:
     methods = given["methods"]
     size = _size(args)
     plan = compare.Plan(
-        prompts=_prompts(args.prompts, model),
+        prompts=prompts,
         tasks=tasks,
         budgets=_numbers(given["budgets"]),
         seeds=given["seeds"],

@@ -88,14 +88,27 @@ def _half(
             budgets.append(figures)
         summary: dict[str, Any] = {"budgets": budgets}
         if REFERENCE.name in means and name in costs and REFERENCE.name in costs:
-            summary["share of the reference's time"] = time_share(
-                mine["reward"],
+            theirs, seconds = (
+                {kind: means[REFERENCE.name][kind][:, target] for kind in mine if kind in KINDS},
                 costs[name]["seconds"],
-                means[REFERENCE.name]["reward"][:, target],
-                costs[REFERENCE.name]["seconds"][target],
             )
+            summary["share of the reference's time"] = time_share(
+                mine["reward"], seconds, theirs["reward"], costs[REFERENCE.name]["seconds"][target]
+            )
+            summary["reached"] = _reached(settings["budgets"], mine, seconds, theirs)
         found[name] = summary
     return found
+
+
+def _reached(
+    budgets: Sequence[int], mine: Mapping[str, Tensor], seconds: Sequence[float], theirs: Mapping[str, Tensor]
+) -> dict[str, Any] | None:
+    """The first budget whose mean reward is the reference's, and what its answers are worth beside the reference's."""
+    for i, budget in enumerate(budgets):
+        if mine["reward"][:, i].mean() >= theirs["reward"].mean():
+            apart = {kind: mean_of((mine[kind][:, i] - values).tolist()) for kind, values in theirs.items()}
+            return {"budget": budget, "seconds": seconds[i], **apart}
+    return None
 
 
 def _means(rows: Rows, name: str) -> dict[str, Tensor]:  # [prompts, budgets] each
@@ -194,7 +207,13 @@ def _tables(figures: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]
     budgets = figures["settings"]["budgets"]
     target = budgets.index(figures["target"])
     rows = {name: each["budgets"][target] for name, each in methods.items()}
-    tables = [f"At budget {figures['target']}:", _equal(methods, rows), "Reward by budget:"]
+    tables = [f"At budget {figures['target']}:", _equal(rows)]
+    if any("reached" in method for method in methods.values()):
+        words = (
+            f"Time to the reward that the reference reaches at budget {figures['target']}, over the time it takes; and"
+        )
+        tables += [f"{words} what the first budget that reaches it gives, beside the reference's:", _reaching(methods)]
+    tables.append("Reward by budget:")
     tables.append(
         table(
             ("method", *map(str, budgets)),
@@ -206,8 +225,8 @@ def _tables(figures: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]
     return tables
 
 
-def _equal(methods: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    columns = ["method", "forwards", "seconds", "time to the reference's reward, of its time", "reward"]
+def _equal(rows: Mapping[str, Any]) -> str:
+    columns = ["method", "forwards", "seconds", "reward"]
     columns += [f"to {REFERENCE.name}", f"to {RANDOM.name}"]
     kinds = [kind for kind in KINDS[1:] if any(kind in row for row in rows.values())]
     for kind in kinds:
@@ -216,12 +235,23 @@ def _equal(methods: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     lines = []
     for name, row in rows.items():
         line = [f"{name}: {METHODS[name].what}", _number(row.get("forwards"), 0), _number(row.get("seconds"))]
-        line += [_share(methods[name]), _figure(row.get("reward"))]
+        line.append(_figure(row.get("reward")))
         line += [_figure(row.get(f"reward to {other}"), signed=True) for other in (REFERENCE.name, RANDOM.name)]
         for kind in kinds:
             line += [_figure(row.get(kind)), _figure(row.get(f"{kind} to {REFERENCE.name}"), signed=True)]
         lines.append(line + ([_figure(row.get("diversity"))] if diversity else []))
     return table((*columns, *(["diversity"] if diversity else [])), lines)
+
+
+def _reaching(methods: Mapping[str, Any]) -> str:
+    kinds = [kind for kind in KINDS if any(kind in (each.get("reached") or {}) for each in methods.values())]
+    lines = []
+    for name, method in methods.items():
+        reached = method.get("reached") or {}
+        line = [name, _share(method), str(reached.get("budget", "")), _number(reached.get("seconds"), missing="")]
+        lines.append(line + [_figure(reached.get(kind), signed=True) for kind in kinds])
+    named = [kind.replace("_", "-") for kind in kinds]
+    return table(("method", "share of the reference's time", "budget", "seconds", *named), lines)
 
 
 def _parts(methods: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
@@ -258,8 +288,8 @@ def _figure(interval: Sequence[float | None] | None, signed: bool = False) -> st
     return f"{value} [{low}, {high}]"
 
 
-def _number(value: float | None, places: int = 2) -> str:
-    return "not measured" if value is None else f"{value:.{places}f}"
+def _number(value: float | None, places: int = 2, missing: str = "not measured") -> str:
+    return missing if value is None else f"{value:.{places}f}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

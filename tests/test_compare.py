@@ -181,6 +181,8 @@ def test_differences_are_paired_and_times_are_shares():
     assert methods["ses"]["share of the reference's time"] == [0.06, 0.06, 0.06]
     assert methods["random"]["share of the reference's time"] == [None, None, None], "it never does"
     assert methods["reference"]["share of the reference's time"][0] == 1
+    assert methods["ses"]["reached"] == {"budget": 50, "seconds": 10, "reward": [1, 1, 1]}
+    assert methods["random"]["reached"] is None
     assert figures["chosen"] == "ses"
     assert "**ses**" in tables.markdown(figures) and "never" in tables.markdown(figures)
     assert figures["tasks"]["clip"]["odd"] == {"prompts": [], "methods": {}}
@@ -373,6 +375,8 @@ def test_the_command_calibrates(tiny, tmp_path, capsys):
         (["compare", "2", "--tasks", "beauty"], "beauty"),
         (["compare", "2", "--budgets", "ten"], "must be whole numbers"),
         (["compare", "2", "--methods", "magic"], "unknown method magic"),
+        (["compare", "2", "--minutes", "nan"], "must be above 0"),
+        (["compare", "foxes.txt"], "a red fox"),
         (["calibrate", "nowhere.txt"], "nowhere.txt"),
         (["calibrate", "2", "--out", "ses.md"], "JSON file of settings"),
         (["calibrate", "2", "--reward", "embedded", *OPTIONS], "embedded model's captions"),
@@ -380,6 +384,7 @@ def test_the_command_calibrates(tiny, tmp_path, capsys):
 )
 def test_bad_arguments_end_in_one_line(tiny, arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "foxes.txt").write_text("a red fox")
     monkeypatch.setitem(job.MODELS, "embedded", lambda: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
