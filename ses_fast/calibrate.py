@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from . import evolution, ops
 from .files import write_whole
@@ -31,6 +32,7 @@ FEWER = (0.25, 0.375, 0.5, 0.75)  # of the image's steps
 LEVELS = 4
 RELATIVES = 6  # noises a prompt whose bands are changed
 REFINED = range(6)
+EARLY = "x0 on the way"
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def measure(studio: Studio, reward: Callable[[Tensor, str], Any], prompts: Seque
         raise ValueError(f"noises of a prompt are compared with each other: at least 2, got {noises}")
     found = Measured()
     studio.search(prompts[0], 0, reward, 2, popsize=2, k_elites=1)  # a first search costs more than others
-    sigmas = [float(each) for each in studio.pipe.scheduler.sigmas[: studio.steps]]
-    for seed, prompt in enumerate(prompts):
+    sigmas = [float(each) for each in getattr(studio.pipe.scheduler, "sigmas", ())[: studio.steps]]
+    for seed, prompt in enumerate(tqdm(prompts, desc="prompts")):
         result = _full(studio, reward, prompt, seed, noises, sigmas, found)
         guided = result.forwards["preview"] > noises * studio.steps
         for setting in settings_of(studio.steps, guided):
@@ -141,8 +143,16 @@ def _full(
     """Full fidelity, and x0 after each step by a race that stops nobody."""
     steps = [step for step, sigma in enumerate(sigmas, start=1) if 0 < sigma < 1 and step < len(sigmas)]
     race = [(sigmas[step - 1], 1 - 1e-6 * place) for place, step in enumerate(steps, start=1)]
+    if EARLY in found.refused:
+        steps, race = [], []
     record = _Record(reward)
-    result = _search(studio, record, prompt, seed, noises, Setting("", studio.steps, Preview(race=race or None)))
+    try:
+        result = _search(studio, record, prompt, seed, noises, Setting("", studio.steps, Preview(race=race or None)))
+    except ValueError as error:
+        if seed or not race:
+            raise
+        found.refused[EARLY] = str(error)
+        return _full(studio, reward, prompt, seed, noises, sigmas, found)
     *early, full = record.scores
     assert len(early) == len(steps) and all(len(each) == noises for each in record.scores)
     forward = result.seconds["denoise"] / noises / studio.steps

@@ -119,8 +119,12 @@ def open_studio(model: str, tasks: Sequence[str], held_out: str | None, steps: i
         steps=steps,
         held_out=None if held_out is None else loaded(held_out),
         judge=(lambda image, prompt: embedded.judge(image, prompt)["all"]) if model == "embedded" else None,
-        size=size,
+        arguments={"progress_bar_cmd": _quiet, **size},
     )
+
+
+def _quiet(steps: Any) -> Any:  # in place of a progress bar
+    return steps
 
 
 def known_model(args: argparse.Namespace) -> str:

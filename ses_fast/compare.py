@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,14 +149,18 @@ def _documented(
     It draws from torch's global state, which is seeded. Its previews are the final images; final: one is made all the
     same, for its time.
     """
+    from .pipelines.diffsynth import family_of
+
+    if family_of(studio.pipe) is None:
+        raise ValueError("the documented flow is of DiffSynth's families alone")
     from .pipelines.diffsynth.documented import Flow
 
     images: list[Tensor] = []
     seconds: list[float] = []
     reward, leader, count = studio.rewards[task], (-float("inf"), torch.empty(0)), 0
     begin = studio.clock()
-    size = {"num_inference_steps": studio.steps, **studio.size}
-    flow = Flow(disable(studio.pipe), prompt, seed=seed, progress_bar_cmd=list, **size)
+    call = {"num_inference_steps": studio.steps, **studio.arguments}
+    flow = Flow(disable(studio.pipe), prompt, seed=seed, **call)
 
     def score(picture: Any) -> float:
         nonlocal leader, count
@@ -202,11 +206,13 @@ class _Marks:
 # ---------------------------------------------------------------- all of them on one prompt
 
 
-def measured(studio: Studio, plan: Plan, number: int, task: str) -> dict[str, Any]:
-    """The line of a prompt: what each method's answers are worth, by seed and budget."""
+def measured(studio: Studio, plan: Plan, refused: Collection[str], number: int, task: str) -> dict[str, Any]:
+    """The line of a prompt: what each method's answers are worth, by seed and budget; without the refused ones."""
     prompt = plan.prompts[number]
     rows = {}
     for method in plan.scored():
+        if method.name in refused:
+            continue
         found = [answers(studio, method, prompt, seed, task, plan.budgets) for seed in range(plan.seeds)]
         row = {"reward": [[score_of(studio.rewards[task], each, prompt) for each in images] for images in found]}
         if studio.held_out is not None:
@@ -235,9 +241,9 @@ def _open(load: Callable[[], Studio]) -> None:
     _studio = load()
 
 
-def _measured_there(plan: Plan, number: int, task: str) -> dict[str, Any]:
+def _measured_there(*job: Any) -> dict[str, Any]:
     assert _studio is not None
-    return measured(_studio, plan, number, task)
+    return measured(_studio, *job)
 
 
 # ---------------------------------------------------------------- the whole comparison
@@ -304,10 +310,13 @@ def run(
     scores, times = open_folder(out, plan)
     studio = load()
     _time_all(studio, plan, times, rounds)
+    refused = {row["method"] for row in times.rows if "refused" in row}
     known = {(row["prompt"], row["task"]) for row in scores.rows}
     jobs = [each for each in itertools.product(range(len(plan.prompts)), plan.tasks) if each not in known]
     deadline = None if minutes is None else begin + 60 * minutes
-    for row in tqdm(_all(load, studio, plan, jobs, workers, deadline), total=len(jobs), desc="prompts", mininterval=5):
+    for row in tqdm(
+        _all(load, studio, (plan, refused), jobs, workers, deadline), total=len(jobs), desc="prompts", mininterval=5
+    ):
         scores.add(row)
     machine = {
         "threads": torch.get_num_threads(),
@@ -328,20 +337,27 @@ def run(
 
 
 def _time_all(studio: Studio, plan: Plan, times: Lines, rounds: int) -> None:
-    """The seconds and forwards of each method, in turns."""
+    """The seconds and forwards of each method, in turns. One that this pipeline cannot do is noted, and left out."""
     known = {(row["round"], row["task"], row["method"]) for row in times.rows}
     turns = list(itertools.product(range(min(rounds, len(plan.prompts))), plan.tasks, plan.methods))
     turns = [turn for turn in turns if turn not in known]
     guided = studio.warm_up(plan.prompts[0], plan.tasks[0]) if turns else 1
     for number, task, name in tqdm(turns, desc="seconds", mininterval=5):
-        found = costs(studio, METHODS[name], plan.prompts[number], 0, task, plan.budgets, guided)
-        times.add({"round": number, "task": task, "method": name, "costs": [each._asdict() for each in found]})
+        row: dict[str, Any] = {"round": number, "task": task, "method": name}
+        if any("refused" in each for each in times.rows if each["method"] == name):
+            continue
+        try:
+            found = costs(studio, METHODS[name], plan.prompts[number], 0, task, plan.budgets, guided)
+            row["costs"] = [each._asdict() for each in found]
+        except ValueError as error:
+            row["refused"] = str(error)
+        times.add(row)
 
 
 def _all(
     load: Callable[[], Studio],
     studio: Studio,
-    plan: Plan,
+    about: tuple[Plan, Collection[str]],  # and the refused methods
     jobs: Iterable[tuple[int, str]],
     workers: int,
     deadline: float | None,  # by time.perf_counter
@@ -357,7 +373,7 @@ def _all(
             if not in_time():
                 return
             begin = time.perf_counter()
-            yield measured(studio, plan, number, task)
+            yield measured(studio, *about, number, task)
             longest = max(longest, time.perf_counter() - begin)
         return
     left = iter(jobs)
@@ -366,7 +382,7 @@ def _all(
         running: dict[Future, float] = {}
         while True:
             while len(running) < workers and in_time() and (job := next(left, None)) is not None:
-                running[pool.submit(_measured_there, plan, *job)] = time.perf_counter()
+                running[pool.submit(_measured_there, *about, *job)] = time.perf_counter()
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:

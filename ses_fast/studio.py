@@ -1,5 +1,6 @@
 """A pipeline with its rewards, as `compare` and `calibrate` use them: the documented call, and scores of images."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,7 @@ class Studio:
     """What one process has loaded.
 
     pipe: enabled. rewards: by the name of the task that searches with it. held_out: takes part in no search. judge:
-    whether an image is right, where there is an oracle. steps: of an image. size: height and width, where they are not
-    the model's own.
+    whether an image is right, where there is an oracle. steps: of an image. arguments: others of the pipeline's call.
     """
 
     pipe: Any
@@ -30,15 +30,14 @@ class Studio:
     steps: int
     held_out: RewardFunction | None = None
     judge: Callable[[Tensor, str], bool] | None = None
-    size: Mapping[str, int] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def clock(self) -> float:
         return device_clock(self.pipe.device)
 
     def call(self, prompt: str, seed: int, **others: Any) -> Any:
         """The picture of a call."""
-        arguments = {"num_inference_steps": self.steps, "progress_bar_cmd": _quiet, **self.size, **others}
-        return self.pipe(prompt, seed=seed, **arguments)
+        return self.pipe(prompt, seed=seed, **{"num_inference_steps": self.steps, **self.arguments, **others})
 
     def search(
         self,
@@ -74,8 +73,8 @@ class Studio:
 
 
 def score_of(reward: RewardFunction, image: Tensor, prompt: str) -> float:  # [1, 3, H, W]
-    return as_scores(reward(image.clone(), prompt), 1, "the reward").item()
-
-
-def _quiet(steps: Any) -> Any:  # in place of a progress bar
-    return steps
+    """What the reward says of an image. Raises ValueError where that is no finite number."""
+    score = as_scores(reward(image.clone(), prompt), 1, "the reward").item()
+    if not math.isfinite(score):
+        raise ValueError(f"the reward gave {score} for an image of {prompt!r}: it cannot be compared by")
+    return score

@@ -34,6 +34,7 @@ def summarise(settings: Mapping[str, Any], scores: Rows, times: Rows) -> dict[st
             )
         figures["tasks"][task] = halves
     figures["chosen"] = chosen(figures)
+    figures["refused"] = {row["method"]: row["refused"] for row in times if "refused" in row}
     return _plain(figures)
 
 
@@ -45,7 +46,7 @@ def costs_of(settings: Mapping[str, Any], times: Rows) -> dict[str, dict[str, li
     found: dict[str, dict[str, list[float]]] = {}
     medians = {}
     for name in settings["methods"]:
-        rounds = [row["costs"] for row in times if row["method"] == name]
+        rounds = [row["costs"] for row in times if row["method"] == name and "costs" in row]
         if rounds:
             medians[name] = [
                 {key: median(costs[i][key] for costs in rounds) for key in rounds[0][i]}
@@ -194,6 +195,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         f"Chosen on the even prompts, by the time to the reference's reward at budget {figures['target']} on the task "
         f"where that takes longest: **{figures['chosen'] or 'none reaches it on all tasks'}**.",
     ]
+    parts += [f"Not possible here: {name}. {why}." for name, why in figures["refused"].items()]
     for task, halves in figures["tasks"].items():
         for half in reversed(HALVES):
             methods, count = halves[half]["methods"], len(halves[half]["prompts"])

@@ -15,7 +15,7 @@ from ses_fast.pipelines.diffsynth.documented import Flow
 from ses_fast.studio import Studio, score_of
 
 PROMPT = "a red fox"
-SIZE = {"height": 64, "width": 64}
+SIZE = {"height": 64, "width": 64, "progress_bar_cmd": list}
 
 
 def redness(images, prompt):
@@ -25,7 +25,7 @@ def redness(images, prompt):
 @pytest.fixture(scope="module")
 def studio():
     pipe = ses_fast.enable(tiny_flux())
-    return Studio(pipe, {"brightness": brightness}, steps=4, held_out=redness, size=SIZE)
+    return Studio(pipe, {"brightness": brightness}, steps=4, held_out=redness, arguments=SIZE)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_what_makes_its_image_anew_says_so():
 
 def test_the_reference_is_the_installed_search(studio):
     images, seconds = compare._documented(studio, PROMPT, 5, "brightness", (2, 4), final=True)
-    flow = Flow(tiny_flux(), PROMPT, seed=5, num_inference_steps=4, progress_bar_cmd=list, **SIZE)
+    flow = Flow(tiny_flux(), PROMPT, seed=5, num_inference_steps=4, **SIZE)
     torch.manual_seed(5)
     noise = flow.search(lambda picture: score_of(brightness, studio.tensor(picture), PROMPT), 4, level=1)
     assert torch.equal(images[1], studio.tensor(flow.final(noise)))
@@ -101,7 +101,7 @@ def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypat
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
     done = []
     real = compare.measured
-    monkeypatch.setattr(compare, "measured", lambda *args: done.append(args[2:]) or real(*args))
+    monkeypatch.setattr(compare, "measured", lambda *args: done.append(args[3:]) or real(*args))
     again = compare.run(lambda: studio, plan, tmp_path, rounds=1)
     assert done == [(1, "brightness")]
     assert again == figures
@@ -115,6 +115,15 @@ def test_a_folder_of_another_comparison_is_refused(studio, plan, tmp_path):
     (tmp_path / "scores.jsonl").write_text('{"prompt": 0\n{}\n')
     with pytest.raises(ValueError, match="is not what ses-fast wrote"):
         compare.run(lambda: pytest.fail("loaded"), plan, tmp_path)
+
+
+def test_what_a_pipeline_cannot_do_is_left_out_by_name(studio, tmp_path):
+    odd = Studio(studio.pipe, studio.rewards, steps=2, arguments=SIZE | {"height": 80})  # 10 latents, whose half is 5
+    plan = compare.Plan((PROMPT,), ("brightness",), (2,), methods=("random", "+ scale"))
+    figures = compare.run(lambda: odd, plan, tmp_path, rounds=1)
+    assert list(figures["tasks"]["brightness"]["even"]["methods"]) == ["random"]
+    assert "half" in figures["refused"]["+ scale"]
+    assert "Not possible here: + scale. " in (tmp_path / "compare.md").read_text()
 
 
 def test_no_prompt_is_begun_that_would_not_end_in_time(studio, tmp_path):
