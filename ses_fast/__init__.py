@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import embedded, ops
+    from . import batch, embedded, ops
     from .loop import evolve, search
     from .ops import set_backend
     from .pipelines import SESConfig, disable, enable
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SESConfig",
     "SearchResult",
+    "batch",
     "disable",
     "embedded",
     "enable",

@@ -88,8 +88,9 @@ class Forks:
         return self
 
     def __exit__(self, *_):
+        self.process.kill()  # its own end would take a while
+        self.process.wait()
         self.process.stdin.close()
-        self.process.wait(60)
         self.process.stdout.close()
 
     def start(self, *arguments, die_at=0):
@@ -123,6 +124,7 @@ def serve():
     job.MODELS |= {"embedded": lambda: trained, "toy": ToyPipeline}
     job.load_reward = lambda name, weights: reward if name == "embedded" else redness
     print("ready", flush=True)
+    child = 0
     for line in sys.stdin:
         if line == "\n":
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
