@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
-from .checks import check_noise, whole_number
+from .checks import whole_number
 from .errors import warn
 from .folder import DONE, FAILED, CannotWrite, Folder, Result
 from .page import write_page
@@ -72,7 +72,7 @@ def run(
     elif config.time_limit is None:
         raise ValueError("ses_eval_budget=None needs a SESConfig(time_limit=): how many seconds a search may take")
     whole_number("ses_inference_steps", ses_inference_steps, 1)
-    check_noise(seed, None)
+    whole_number("seed", seed, 0)
     is_file = isinstance(prompts, str | os.PathLike)
     wanted = read_prompts(Path(prompts)) if is_file else as_prompts(prompts)  # type: ignore[arg-type]
 

@@ -162,6 +162,7 @@ class Folder:
             self._tidy(restart)
             self._share(settings)
             self._read()
+            self._forget_finished()
         except BaseException:
             self.close()
             raise
@@ -292,10 +293,11 @@ class Folder:
             was = json.loads(self._settings.read_text("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._settings} is no batch's: {error}. Give another folder") from None
-        for name, before, here in _differences(was, now):
+        if others := list(_differences(was, now)):
+            which = "; ".join(f"{name} was {before!r:.200}, and now is {here!r:.200}" for name, before, here in others)
             raise ValueError(
-                f"{self.path} holds a batch with other settings: {name} was {before!r:.200}, and now is {here!r:.200}. "
-                "Give another folder, or start again with --restart (restart=True)"
+                f"{self.path} holds a batch with other settings: {which}. Give another folder, or start again with "
+                "--restart (restart=True)"
             )
 
     def _read(self) -> None:
@@ -322,6 +324,13 @@ class Folder:
             else:  # it lacks its end alone
                 with self._record.open("ab") as file:
                     file.write(b"\n")
+
+    def _forget_finished(self) -> None:
+        """Removes the searches of prompts that a kill found done, and their searches still there."""
+        done = {result.stem for result in self.results.values() if result.status == DONE}
+        for path in self.searches.glob("*.safetensors"):
+            if path.stem in done:
+                self.remove(path)
 
     def _take(self, line: bytes) -> None:
         result = Result.from_json(json.loads(line.decode("utf-8-sig")))
