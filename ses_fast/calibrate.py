@@ -218,17 +218,25 @@ class Advice:
     """What to search with."""
 
     setting: Setting | None  # the cheapest that ranks well enough
-    refine: int
-    race: tuple[tuple[float, float], ...] | None  # (sigma, share) of each rung
+    refine: int  # with it
+    setting_time: float  # to equal reward, over that at full fidelity
+    race: tuple[tuple[float, float], ...] | None  # (sigma, share) of each rung, at full size and steps
+    race_time: float
     level: int | None
 
     @property
+    def races(self) -> bool:
+        """Whether the race is the quicker of the two: both together are not measured."""
+        return self.race is not None and self.race_time < self.setting_time
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """As `SESConfig.from_file` reads them."""
-        preview = self.setting.preview if self.setting else Preview()
-        cheap = {"scale": preview.scale, "race": self.race and [list(rung) for rung in self.race], "cfg": preview.cfg}
+        """The quicker of the two, as `SESConfig.from_file` reads it."""
         level = {} if self.level is None else {"dwt_level": self.level}
-        return {**level, "preview": cheap | {"refine": self.refine}}
+        if self.races:
+            return {**level, "preview": {"race": [list(rung) for rung in self.race or ()]}}
+        preview = self.setting.preview if self.setting else Preview()
+        return {**level, "preview": {"scale": preview.scale, "cfg": preview.cfg, "refine": self.refine}}
 
 
 def advice(found: Measured) -> Advice:
@@ -239,12 +247,14 @@ def advice(found: Measured) -> Advice:
         if correlation(look, found.full).value >= ENOUGH and look.cost(found.full) < 1
     ]
     setting = min(enough, key=lambda each: found.settings[each].cost(found.full), default=None)
-    refine = 0
+    time, refine = math.inf, 0
     if setting is not None:
-        refine = min(REFINED, key=lambda count: time_share(found.settings[setting], found.full, count))
-    race = max(races(found), key=lambda each: each[1], default=None)
+        time, refine = min((time_share(found.settings[setting], found.full, count), count) for count in REFINED)
+    race, worthwhile = max(races(found), key=lambda each: each[1], default=(None, 0.0))
+    if worthwhile < WORTHWHILE:
+        race, worthwhile = None, 1.0
     level = max((level for level, rows in found.bands.items() if decides(rows)), default=None)
-    return Advice(setting, refine, race[0] if race and race[1] >= WORTHWHILE else None, level)
+    return Advice(setting, refine, time, race, 1 / worthwhile, level)
 
 
 def correlation(look: Look, full: Look) -> Interval:
@@ -349,9 +359,16 @@ def _sentences(told: Advice) -> list[str]:
     else:
         lines.append(
             f"Recommended previews: {told.setting.name}, refine={told.refine}, in a call with "
-            f"ses_inference_steps={told.setting.steps}."
+            f"ses_inference_steps={told.setting.steps}: predicted time {told.setting_time:.2f}."
         )
-    lines.append(f"Recommended race: {list(told.race)}." if told.race else "No race is worth its looks.")
+    if told.race:
+        lines.append(
+            f"Recommended race, of full size and steps: {list(told.race)}: predicted time {told.race_time:.2f}."
+        )
+    else:
+        lines.append("No race is worth its looks.")
+    if told.race and told.setting:
+        lines.append(f"Written is the {'race' if told.races else 'setting'}: both together are not measured.")
     if told.level is None:
         lines.append("At no level does the low band decide: compare a strategy of the whole noise.")
     else:

@@ -252,7 +252,7 @@ def test_the_cheapest_setting_that_ranks_well_enough_is_recommended():
     assert calibrate.advice(measured).settings["preview"]["scale"] == 2
     measured.settings.pop(better)
     told = calibrate.advice(measured)
-    assert told.setting is None and told.settings == {"preview": {"scale": 1, "race": None, "cfg": True, "refine": 0}}
+    assert told.setting is None and told.settings == {"preview": {"scale": 1, "cfg": True, "refine": 0}}
     assert "No cheaper setting" in calibrate.markdown(measured, told, {})
 
 
@@ -270,7 +270,13 @@ def test_a_race_is_worth_what_its_pick_is_over_what_it_costs():
     races = dict(calibrate.races(measured))
     # Three of five go on: half of each, and the other half of three.
     assert races[((0.5, 0.5),)] == pytest.approx(5 / (5 * 0.5 + 3 * 0.5), abs=1e-3)
-    assert calibrate.advice(measured).race == ((0.5, 0.3),)
+    told = calibrate.advice(measured)
+    assert told.race == ((0.5, 0.3),) and told.settings == {"preview": {"race": [[0.5, 0.3]]}}
+    assert told.race_time == pytest.approx((5 * 0.5 + 2 * 0.5) / 5, abs=1e-3)
+    measured.settings = {calibrate.Setting("2 steps", 2): look(FULL, 0.4)}
+    told = calibrate.advice(measured)
+    assert told.setting_time == pytest.approx((0.5 + 1) / 6, abs=1e-3) and not told.races
+    assert "Written is the setting" in calibrate.markdown(measured, told, {})
     measured.early = {(2, 0.5): look(TURNED, 2.0)}
     assert calibrate.advice(measured).race is None
 
@@ -301,7 +307,7 @@ def test_a_pipeline_is_calibrated(studio, tmp_path):
         told := calibrate.advice(found), calibrate.markdown(found, told, {"model": "tiny"}), tmp_path / "s.json"
     )
     config = SESConfig.from_file(tmp_path / "s.json")
-    assert config.preview.scale == told.settings["preview"]["scale"] and config.preview.refine == told.refine
+    assert SESConfig(preview=Preview(**told.settings["preview"])).preview == config.preview
     assert "| half the size |" in (tmp_path / "s.md").read_text()
 
 
