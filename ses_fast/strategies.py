@@ -134,9 +134,18 @@ def two_stage(g: Generation) -> tuple[Tensor, Tensor]:
 
 def ranked_both(g: Generation) -> tuple[Tensor, Tensor]:
     """First whole noises; then one pair as `ranked` draws whole noises, the next as `two_stage` draws lowest bands."""
+    return _both(g, len(g.elites))
+
+
+def best_both(g: Generation) -> tuple[Tensor, Tensor]:
+    """`ranked_both` with the whole noises of `best_two`."""
+    return _both(g, 2)
+
+
+def _both(g: Generation, elites: int) -> tuple[Tensor, Tensor]:
     if g.number == 0:
         return random(g)
-    mean, std = held(evened(g, weighted(g.elites, g.scores)))
+    mean, std = held(evened(g, weighted(g.elites[:elites], g.scores[:elites])))
     n = g.mirrored()
     return g.placed(in_turn(mean + std * n, _low_of_leader(g, n)))
 
@@ -254,6 +263,7 @@ STRATEGIES = {
     "ranked_whole": Strategy(ranked, "whole"),
     "best_two": Strategy(best_two, "whole"),
     "ranked_both": Strategy(ranked_both, "whole"),
+    "best_both": Strategy(best_both, "whole"),
     "two_stage": Strategy(two_stage, "whole"),
     "pcn_low": Strategy(pcn),
     "pcn": Strategy(pcn, "whole"),

@@ -220,7 +220,7 @@ def test_two_stages_keep_the_leader_s_high_bands() -> None:
     torch.testing.assert_close(ops.split_low_band(candidates, 1)[1], leads.expand(4, -1, -1, -1), rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", ["pcn_both", "ranked_both"])
+@pytest.mark.parametrize("name", ["pcn_both", "ranked_both", "best_both"])
 def test_both_bands_are_moved_in_turn(name) -> None:
     state = searched(name, 2, config=(6, 4, "db1", 1))
     candidates, _ = ask(state)
