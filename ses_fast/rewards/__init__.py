@@ -1,4 +1,5 @@
-"""Reward models by name: `load_reward`, `unload_rewards`; a scorer of PIL images as a reward: `from_pil`.
+"""Reward models by name: `load_reward`, `unload_rewards`; a scorer of PIL images as a reward: `from_pil`; a
+vision-language model on a server: `VLMReward`.
 
 A reward is called as `reward(images, prompt)` and returns one score for each image; a higher score is better.
 """
@@ -18,9 +19,10 @@ import torch
 from .base import Reward, default_device, default_dtype, torch_as_it_comes
 from .checkpoint import Checkpoint, modelscope_copy, modelscope_folder, require
 from .pil import PILReward, from_pil
+from .vlm import VLMReward
 from .weighted import WeightedReward, check_weights
 
-__all__ = ["PILReward", "WeightedReward", "from_pil", "load_reward", "unload_rewards"]
+__all__ = ["PILReward", "VLMReward", "WeightedReward", "from_pil", "load_reward", "unload_rewards"]
 
 _LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
