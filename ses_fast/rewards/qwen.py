@@ -6,7 +6,7 @@ networks. The authors' package hpsv3 1.0 cannot be imported beside transformers 
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,8 +72,7 @@ class HPSv3Reward(QwenReward):
         from transformers import AutoProcessor, Qwen2VLConfig
 
         state = ImageMetricsHPSv3StateDictConverter(read(files))
-        published = is_published("image_metrics_hpsv3", files)
-        config = HPSv3Qwen2VLRewardModel.default_config() if published else Qwen2VLConfig.from_pretrained(folder)
+        config = configuration("image_metrics_hpsv3", files, Qwen2VLConfig, HPSv3Qwen2VLRewardModel.default_config)
         network = fill(HPSv3Qwen2VLRewardModel, config, state, dtype)
         head = {key.removeprefix("rm_head."): value for key, value in state.items() if key.startswith("rm_head.")}
         network.rm_head.float().load_state_dict(head)  # again, because it was rounded to dtype
@@ -109,11 +108,11 @@ class UnifiedReward(QwenReward):
         from diffsynth.models.unified_reward_2 import UnifiedReward2Model, UnifiedReward2Qwen35ForConditionalGeneration
         from transformers import AutoProcessor, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-        if is_published("image_metrics_unified_reward_2", files):
-            with torch.device("meta"):  # the published sizes are written into its __init__
-                config = UnifiedReward2Qwen35ForConditionalGeneration().model.config
-        else:
-            config = Qwen3_5Config.from_pretrained(folder)
+        def published() -> Any:
+            with torch.device("meta"):  # the sizes are written into its __init__
+                return UnifiedReward2Qwen35ForConditionalGeneration().model.config
+
+        config = configuration("image_metrics_unified_reward_2", files, Qwen3_5Config, published)
         network = fill(Qwen3_5ForConditionalGeneration, config, read(files), dtype)
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return UnifiedReward2Model(network, processor, max_new_tokens=cls.max_new_tokens)
@@ -135,18 +134,25 @@ def read(files: list[Path]) -> dict[str, Tensor]:
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
-def is_published(name: str, files: list[Path]) -> bool:
-    """Whether the files are, by names and shapes, those that diffsynth knows as `name`; others bring a config."""
+def configuration(name: str, files: list[Path], own: Any, published: Callable[[], Any]) -> Any:
+    """`published()` where the names and shapes are those that diffsynth knows as `name`, else the folder's own."""
     from diffsynth.configs import MODEL_CONFIGS
     from diffsynth.core.loader import hash_model_file
 
     digest = hash_model_file([str(file) for file in files])
-    return any(known["model_name"] == name and known["model_hash"] == digest for known in MODEL_CONFIGS)
+    if any(known["model_name"] == name and known["model_hash"] == digest for known in MODEL_CONFIGS):
+        return published()
+    if not (files[0].parent / "config.json").is_file():  # transformers would take the published sizes
+        raise FileNotFoundError("these are not the published weights, and there is no config.json")
+    return own.from_pretrained(files[0].parent)
 
 
-def fill(network: Any, config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """The network with these weights. Raises ValueError where they do not fill it."""
-    model, info = network.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:  # transformers would fill them with random numbers and only log it
-        raise ValueError(f"the weights lack {sorted(info['missing_keys'])}")
-    return model
+def fill(network: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """The network with these weights. Raises ValueError where they do not fill it, before anything is allocated."""
+    with torch.device("meta"):
+        places = network(config).state_dict()
+    lacking = sorted(name for name in places if name not in state or state[name].shape != places[name].shape)
+    if lacking:  # transformers would fill them with random numbers and only log it
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ValueError(f"the weights lack {lacking[:3]}{more}, or have them in other sizes")
+    return network.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
