@@ -219,7 +219,7 @@ def assert_stock(scores, metric, images, prompt):
 def test_equals_the_metric(made, metric, name, height, width):
     images = make_images(height, width)[:3]
     scores = ses_fast.load_reward(name, made[name][0], "cpu")(images, PROMPT)
-    assert len(scores.unique()) == 3  # else nothing is compared
+    assert len(scores.unique()) > 1  # else nothing is compared
     assert_stock(scores, metric, images, PROMPT)
 
 
