@@ -114,6 +114,7 @@ def tell(
     low: Tensor,  # [P, D] from `ask`; looked at when the generation is complete
     scores: Tensor,  # [n] on any device, of the generation's next n candidates
     *,
+    steps: Tensor | None = None,
     members: Mapping[str, Tensor] | None = None,  # [n] each: the raw scores that `scores` combines
     fingerprint: Mapping[str, Any] | None = None,  # see `Objective.fingerprint`; None: as it was
     backend: str | None = None,
@@ -128,6 +129,7 @@ def tell(
         raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
     news: dict[str, Any] = {
         "evaluations": state.evaluations + scores.numel(),
+        "steps": torch.cat([state.steps, torch.zeros(scores.numel(), dtype=torch.int64) if steps is None else steps]),
         "members": _more_members(state, members or {}) if members or state.members else state.members,
         "fingerprint": state.fingerprint if fingerprint is None else fingerprint,
     }
@@ -198,3 +200,9 @@ def leader(
     best = best.view(state.base_low.shape)
     latents = spectral.merge(state.residual, best, config.wavelet_name, config.dwt_level, dtype=dtype, backend=backend)
     return Leader(latents, number, scores[number])
+
+
+def leaders(state: SearchState, count: int, *, backend: str | None = None) -> list[Leader]:
+    """WIP: the best."""
+    best = leader(state, backend=backend)
+    return [] if best is None else [best]

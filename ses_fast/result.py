@@ -30,6 +30,7 @@ class Evaluation:
     index: int
     score: float
     members: dict[str, float] | None = None  # each one's raw score, where the objective combines several rewards
+    steps: int | None = None  # after how many of a preview's steps it was made, where a race stopped it; None: final
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,10 @@ class SearchResult:
     stopped: str  # one of STOPPED
     state: SearchState  # to save, or to continue from with evolve(..., state=)
     held_out: dict[str, HeldOut] = field(default_factory=dict)  # a pipeline's, by SESConfig(report_rewards=)
+    refined: list[Evaluation] = field(
+        default_factory=list
+    )  # the best ones' scores as final images, by Preview(refine=)
+    forwards: dict[str, int] = field(default_factory=dict)  # of a pipeline's denoiser in this call, "preview", "refine"
 
     def __repr__(self) -> str:
         best = self.best and (self.best.generation, self.best.index)

@@ -35,7 +35,7 @@ def split(
     low is cA of `pywt.wavedec2(x, wavelet, "symmetric", level)`. A level above the useful one warns and goes
     on, as PyWavelets does. Raises ValueError for an unknown wavelet, a level below 0, an empty or integer x.
     """
-    if _is_haar(wavelet):
+    if is_haar(wavelet):
         return ops.split_low_band(x, level, backend=backend)
     check_latents(x, level, filter_length=_pywt().Wavelet(wavelet).dec_len)
     (down, _), (across, _) = (_matrices(wavelet.lower(), level, n, x.device) for n in x.shape[-2:])
@@ -57,7 +57,7 @@ def merge(
 
     Raises ValueError where `low` has not the size of that band.
     """
-    if _is_haar(wavelet):
+    if is_haar(wavelet):
         return ops.merge_low_band(residual, low, level, dtype=dtype, backend=backend)
     check_level(level)
     (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
@@ -88,7 +88,7 @@ def sample_population(
     noise: dict[str, Any] = dict(
         popsize=popsize, seed=seed, generation=generation, first=first, draws=draws, backend=backend
     )
-    if _is_haar(wavelet):
+    if is_haar(wavelet):
         return ops.sample_population(residual, mean, std, level, dtype=dtype, **noise)
     check_level(level)
     check_residual(residual)
@@ -113,7 +113,7 @@ def check_wavelet(wavelet: str) -> None:
         )
 
 
-def _is_haar(wavelet: str) -> bool:
+def is_haar(wavelet: str) -> bool:
     check_wavelet(wavelet)
     return wavelet.lower() in HAAR
 

@@ -22,6 +22,7 @@ class EvolutionConfig:
     k_elites: int = 5
     wavelet_name: str = "db1"
     dwt_level: int = 4
+    strategy: str = "ses"
 
     def __post_init__(self) -> None:
         sizes = check_sizes(self.popsize, self.k_elites, self.dwt_level)
@@ -76,6 +77,7 @@ class SearchState:
     complete: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, -inf for one not finite
     partial: tuple[Tensor, ...]  # [n] fp64 each: the scores of the generation under way
     evaluations: int  # how many scores there are in all
+    steps: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
     members: Mapping[str, Tensor] = field(default_factory=dict)  # [evaluations] fp64 each, raw, of combined rewards
     fingerprint: Mapping[str, Any] = field(
         default_factory=dict

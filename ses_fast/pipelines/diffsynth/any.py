@@ -63,6 +63,11 @@ class AnyImage(SESUnit, PipelineUnit):
         clock: CompileClock,
         begin: float,
     ) -> tuple[Any, SearchResult | None]:
+        if request.latents is None and request.config.preview.race is not None:
+            raise ValueError(
+                f"Preview(race=) cannot go with {type(pipe).__name__}: its own call makes each preview, and shows no "
+                "image on its way. Leave race out"
+            )
         own = OwnCall(pipe, call)
         scheduler = dict(vars(pipe.scheduler))
         try:
@@ -73,7 +78,8 @@ class AnyImage(SESUnit, PipelineUnit):
                 if request.latents is not None:
                     best = given_noise(request.latents, base)
                 else:
-                    pipe.ses_result = _search(own, outline, layout, request, base, clock, begin)
+                    final = CallRenderer(own, layout, outline.steps)
+                    pipe.ses_result = _search(final, outline.size, request, base, clock, begin)
                     best = pipe.ses_result.latents
         finally:
             vars(pipe.scheduler).clear()
@@ -83,58 +89,70 @@ class AnyImage(SESUnit, PipelineUnit):
 
 
 def _search(
-    own: "OwnCall",
-    outline: "Outline",
-    layout: "Layout",
+    final: "CallRenderer",
+    size: tuple[int, int],  # height and width of the image
     request: Request,
     base: Tensor,  # [1, c, h, w] of the call
     clock: CompileClock,
     begin: float,
 ) -> SearchResult:
-    """The search from `base`, or from the request's own, by previews of the call in fewer steps."""
+    """The search from `base`, or from the request's own."""
     if request.base is not None:
         base = given_noise(request.base, base)
-    if layout.pixels < 8 and request.config.dwt_level == "auto" and request.config.state is None:
+    if final.layout.pixels < 8 and request.config.dwt_level == "auto" and request.config.state is None:
         level = max(1, (min(base.shape[-2:]) // SIDE).bit_length() - 1)
         request.config = replace(request.config, dwt_level=level)
-    preview = own.changed(num_inference_steps=request.steps)
-    shown = preview.outline()
-    if not shown.timesteps.isfinite().all():
-        raise ValueError(f"this pipeline has no schedule of {request.steps} steps: give more ses_inference_steps")
-    if shown.steps != request.steps:
-        warn(
-            f"the call's arguments fix a schedule of {shown.steps} steps: ses_inference_steps={request.steps} "
-            "changes nothing, and a preview costs what the final image does"
+    height, width = size
+    previews = _of_previews(final, size, request)
+    found = run.search(previews, final, request, base, height=height, width=width, clock=clock, begin=begin)
+    return found.result
+
+
+def _of_previews(final: "CallRenderer", size: tuple[int, int], request: Request) -> "CallRenderer":
+    """The renderer of previews: the call in fewer steps, and smaller or without guidance where the settings say so.
+
+    Raises ValueError where the call makes no such images.
+    """
+    cheap, pipe = request.config.preview, final.own.pipe
+    arguments: dict[str, Any] = {"num_inference_steps": request.steps}
+    size = (size[0] // cheap.scale, size[1] // cheap.scale)
+    if cheap.scale != 1:
+        arguments |= {"height": size[0], "width": size[1]}
+    if not cheap.cfg:
+        arguments["cfg_scale"] = 1.0
+    own = final.own.changed(**arguments)
+    outline = own.outline()
+    if outline.size != size:
+        raise ValueError(
+            "Preview(scale=2) needs a size whose half the pipeline draws too; of "
+            f"{size[0]}x{size[1]} it makes {outline.size[0]}x{outline.size[1]}"
         )
-    height, width = outline.size
-    return run.search(
-        CallRenderer(preview, layout, shown.steps),
-        request,
-        base,
-        height=height,
-        width=width,
-        final_steps=outline.steps,
-        clock=clock,
-        begin=begin,
-    )
+    if not outline.timesteps.isfinite().all():
+        raise ValueError(f"this pipeline has no schedule of {request.steps} steps: give more ses_inference_steps")
+    if outline.steps != request.steps:
+        warn(
+            f"the call's arguments make it a schedule of {outline.steps} steps, whatever number is asked for: "
+            f"ses_inference_steps={request.steps} makes previews no cheaper"
+        )
+    return CallRenderer(own, Layout.of(pipe, outline), outline.steps)
 
 
 class CallRenderer(Renderer):
     """Makes one image after another by the pipeline's own call."""
 
     largest_denoise = 1
+    in_one_go = True
 
     def __init__(self, own: "OwnCall", layout: "Layout", steps: int) -> None:
         self.own, self.layout, self.steps = own, layout, steps
         self.model, self.device = own.pipe, own.pipe.device
+        self.forwards_a_step = 1 if own.units.shared.get("cfg_scale", 1) == 1 else 2
 
     def begin(self, noises: Tensor) -> Draft:
         return Draft(noises, 0)
 
     def advance(self, draft: Draft, to: int) -> Draft:
-        """The images themselves, after all steps: there is nothing between."""
-        if to < self.steps:
-            return draft._replace(step=to)
+        """The images themselves: there is nothing between."""
         return Draft(torch.cat([self.own.image(self.layout.pack(noise[None])) for noise in draft.latents]), to)
 
     def decode(self, latents: Tensor) -> Tensor:
