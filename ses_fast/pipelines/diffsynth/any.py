@@ -44,9 +44,12 @@ def misfit(pipe: Any) -> str | None:
     for name in NEEDED:
         if name not in takes:
             return f"its call takes no {name}="
-    if not any("vae_output_to_image" in call.__code__.co_names for call in calls):
+    if not any("vae_output_to_image" in call.__code__.co_names for call in calls if inspect.isfunction(call)):
         return "its call makes no picture by pipe.vae_output_to_image"
-    return None if hasattr(pipe, "units") else "it has no pipe.units"
+    for name in ("units", "scheduler"):
+        if not hasattr(pipe, name):
+            return f"it has no pipe.{name}"
+    return None
 
 
 class AnyImage(SESUnit, PipelineUnit):
