@@ -64,11 +64,12 @@ def evolve(
         finite counts as minus infinity, which is warned of once. So is a first generation of equal scores.
         An `Objective` gets the rest of a generation at once, whatever the batch_size.
     total_eval_budget: how many candidates to score, those of `state` included; None: as many as time_limit allows.
-    strategy: how the next generation is drawn, by its name in `ses_fast.evolution.STRATEGIES`; "ses" is the reference.
+    strategy: how the next generation is drawn, a name of `strategies.STRATEGIES`; "ses" is the reference's way.
     seed: makes the noise a function of (seed, generation, candidate, coefficient), whatever the backend and
         the batch_size. None: drawn once from torch's global state, and reported.
     generator: instead of a seed, a CPU torch.Generator; each generation draws `torch.randn(popsize, D,
-        generator=generator)`: then the search is `diffsynth.utils.ses.ses_search`'s with the same draws.
+        generator=generator)`, D numbers in the band that the strategy searches (for one that moves the whole noise:
+        all of it). With "ses" the search is then `diffsynth.utils.ses.ses_search`'s with the same draws.
     include_base: the base takes the place of candidate 0 of generation 0: the answer is never worse than it.
     on_generation: called with the SearchResult so far after each complete generation.
     progress: a tqdm bar.
@@ -81,7 +82,7 @@ def evolve(
     objective too, leaves as it is and carries the SearchResult so far as `error.ses_result`.
     """
     stopwatch = Stopwatch(STAGES)
-    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level)
+    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level, strategy)
     budget = None if total_eval_budget is None else whole_number("total_eval_budget", total_eval_budget, 1)
     if budget is None and time_limit is None:
         raise ValueError("total_eval_budget=None searches for as long as time_limit= says: give one of them")

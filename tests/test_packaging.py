@@ -27,7 +27,7 @@ IMPORTS = {
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},
-    "evolution": {"checks", "ops", "spectral", "state"},
+    "evolution": {"checks", "ops", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
     "kernels": {"custom_op", "reference"},
@@ -36,7 +36,7 @@ IMPORTS = {
     "ops": {"checks", "fast_torch", "kernels", "reference"},
     "pipelines": {
         *("_torchvision", "checks", "cpu", "loop", "objective", "ops"),
-        *("result", "rewards", "scores", "state", "stopwatch"),
+        *("evolution", "result", "rewards", "scores", "spectral", "state", "stopwatch"),
     },
     "recorder": {"evolution", "objective", "result", "state", "stopwatch"},
     "reference": set(),
@@ -45,7 +45,8 @@ IMPORTS = {
     "rewards": {"_torchvision", "cpu", "ops", "scores"},
     "scores": set(),
     "spectral": {"checks", "ops", "reference"},
-    "state": {"checks", "spectral"},
+    "state": {"checks", "spectral", "strategies"},
+    "strategies": {"ops", "spectral"},
     "stopwatch": set(),
     "_torchvision": set(),
     "errors": set(),
@@ -53,14 +54,19 @@ IMPORTS = {
 # The same inside the room with most guests: a library's adapter stands on top, settings and renderer lowest.
 IN_PIPELINES = {
     "__init__": {"config"},
-    "batching": set(),
+    "batching": {"renderer"},
     "compiling": set(),
     "config": set(),
     "diffsynth": {"compiling", "config", "renderer", "request", "run"},
-    "previews": {"batching", "renderer", "scoring"},
+    "previews": {"batching", "race", "renderer", "scoring"},
+    "race": {"config"},
+    "refining": {"previews"},
     "renderer": set(),
     "request": {"config"},
-    "run": {"batching", "compiling", "previews", "renderer", "request", "scoring"},
+    "run": {
+        *("batching", "compiling", "config", "previews", "race"),
+        *("refining", "renderer", "request", "scoring"),
+    },
     "scoring": set(),
 }
 MOST_LINES = 450  # of a file under ses_fast/

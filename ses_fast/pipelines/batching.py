@@ -1,7 +1,7 @@
 """How many previews go through a stage together, and what happens when memory runs out."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cpu import fast_linears
 from .renderer import Draft
 
-Rows = TypeVar("Rows", Tensor, Draft)  # [n, ...]
+Rows = TypeVar("Rows", bound=Tensor | Draft)  # of n candidates
 
 PIXELS_ON_CPU = 2**20  # that are decoded together on a CPU, with "auto"
 SHARE_OF_FREE_MEMORY = 0.8  # that a batch may take
@@ -41,10 +41,10 @@ class Batches:
 
     def run(
         self,
-        stage: Callable[[Tensor | Draft], Rows],
-        inputs: Tensor | Draft,  # [n, ...]
+        stage: Callable[[Any], Rows],
+        inputs: Tensor | Draft,  # of n candidates
         model: torch.nn.Module,  # whose linear layers the stage runs
-    ) -> Rows:  # [n, ...]
+    ) -> Rows:
         """`stage` of all inputs, batch after batch. Raises torch.OutOfMemoryError where no smaller batch is left."""
         done: list[Rows] = []
         while len(inputs):
@@ -96,11 +96,11 @@ def on_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def _rows(inputs: Rows, which: slice | Tensor) -> Rows:
+def _rows(inputs: Any, which: slice | Tensor) -> Any:
     return inputs.rows(which) if isinstance(inputs, Draft) else inputs[which]
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def _joined(parts: list[Any]) -> Any:
     return Draft.joined(parts) if isinstance(parts[0], Draft) else torch.cat(parts)
 
 

@@ -27,6 +27,7 @@ class Previews(Objective):
 
     scale: 2 where the renderer's images are half as high and wide as the candidates'.
     rungs: where a race stops candidates; then a whole generation is scored together.
+    include_base: whether the very first candidate is the base, which no race stops: the answer is never worse.
     together: how many previews are scored together; None: a whole generation.
     fingerprint: what the scores depend on beside the noise, as JSON.
     clock: seconds; a device's work is waited for.
@@ -46,13 +47,14 @@ class Previews(Objective):
         clock: Callable[[], float],
         scale: int = 1,
         rungs: Sequence[Rung] = (),
+        include_base: bool = False,
         afterwards: Callable[[], float] | None = None,
     ) -> None:
         self.renderer, self.scoring = renderer, scoring
         self.denoising, self.decoding = denoising, decoding
         self.together = None if rungs else together
         self.on_preview = _with_steps(on_preview)
-        self.scale, self.rungs = scale, tuple(rungs)
+        self.scale, self.rungs, self.include_base = scale, tuple(rungs), include_base
         self.stopwatch = Stopwatch(STAGES, clock)
         self.afterwards, self.longest = afterwards, 0.0  # seconds between two reports
         self.forwards = 0  # of the denoiser, counted for each candidate
@@ -75,7 +77,7 @@ class Previews(Objective):
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
         for noises in candidates.split(self.together or len(candidates)):
             spent = sum(self.stopwatch.seconds.values())
-            images, given, scored = self._score(noises)
+            images, given, scored = self._score(noises, self.include_base and generation == first == 0)
             self.longest = max(self.longest, sum(self.stopwatch.seconds.values()) - spent)
             goes_on = report(scored)  # first: a callback may raise, and the scores are paid
             if self.on_preview is not None:
@@ -84,7 +86,7 @@ class Previews(Objective):
                 return
             first += len(noises)
 
-    def _score(self, noises: Tensor) -> tuple[Tensor, Any, Scored]:
+    def _score(self, noises: Tensor, has_base: bool) -> tuple[Tensor, Any, Scored]:
         """(the images, the scores as the reward gave them, the same as the search takes them)"""
         self.stopwatch.restart()
         noises = self._of_the_renderer(noises)
@@ -92,7 +94,7 @@ class Previews(Objective):
         if not self.rungs:
             images, given, scored = self._looked_at(draft.latents)
         else:
-            images, given, scored = self._raced(draft)
+            images, given, scored = self._raced(draft, has_base)
         if not self.looked_for_cause and not (finite := scored.scores.isfinite()).all():
             self.looked_for_cause = True
             index = int(finite.logical_not().nonzero()[0])
@@ -140,15 +142,15 @@ class Previews(Objective):
         self.looks += len(images)
         return images, given, scored
 
-    def _raced(self, draft: Draft) -> tuple[Tensor, Any, Scored]:
-        """As `_looked_at`, for a draft that stands at the first rung: who is stopped keeps the early image and score."""
+    def _raced(self, draft: Draft, has_base: bool) -> tuple[Tensor, Any, Scored]:
+        """As `_looked_at`, of a draft that stands at the first rung: who is stopped keeps its early image and score."""
         started = len(draft)
         running = torch.arange(started, device=draft.latents.device)
         images, given, scored = self._looked_at(_clean(draft))
         steps = torch.full((started,), draft.step, dtype=torch.int64, device="cpu")
         last = scored.scores  # of those that are running
         for rung, to in zip(self.rungs, (*(rung.step for rung in self.rungs[1:]), self.renderer.steps), strict=True):
-            stay = who_goes_on(last, rung.share, started)
+            stay = who_goes_on(last, rung.share, started, has_base)
             running, draft = running[stay.to(running.device)], draft.rows(stay.to(running.device))
             draft = self._advanced(draft, to)
             is_last = to == self.renderer.steps

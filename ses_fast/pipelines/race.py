@@ -28,9 +28,9 @@ def rungs_of(
 
     A rung that falls together with the next one, or with the last step, is left out: it would save nothing.
     """
-    rungs = []
+    rungs: list[Rung] = []
     for sigma, share in race:
-        step = next((done for done, level in enumerate(sigmas, start=1) if level <= sigma), len(sigmas))
+        step = next((done for done, level in enumerate(sigmas, start=1) if level <= sigma + 1e-6), len(sigmas))
         if rungs and rungs[-1].step == step:
             rungs.pop()
         if step < len(sigmas):
@@ -42,9 +42,15 @@ def who_goes_on(
     scores: Tensor,  # [m] of those that are still in the race
     share: float,
     started: int,  # how many there were at the start
+    keep_first: bool = False,
 ) -> Tensor:  # [k], ascending
-    """The best `share` of those that started, by score; of equal ones the earlier. At least one."""
+    """The best `share` of those that started, by score; of equal ones the earlier. At least one; with `keep_first`
+    the first one takes a place whatever its score.
+    """
     most = max(1, math.ceil(share * started - 1e-9))
     # On the host: a stable order, which not every device's sort gives.
-    order = scores.cpu().double().nan_to_num(*[-math.inf] * 3).sort(descending=True, stable=True).indices
+    known = scores.cpu().double().nan_to_num(*[-math.inf] * 3)
+    if keep_first:
+        known[0] = math.inf
+    order = known.sort(descending=True, stable=True).indices
     return order[:most].sort().values.to(scores.device)

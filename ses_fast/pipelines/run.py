@@ -15,7 +15,7 @@ from ..result import HeldOut, SearchResult
 from ..scores import as_scores
 from .batching import Batches, first_size
 from .compiling import CompileClock
-from .config import Race
+from .config import Preview
 from .previews import Previews
 from .race import Rung, rungs_of
 from .refining import refine
@@ -71,7 +71,8 @@ def search(
         clock=clock,
         on_preview=config.on_preview,
         scale=cheap.scale,
-        rungs=_rungs(renderer, cheap.race),
+        rungs=_rungs(renderer, cheap),
+        include_base=config.include_base,
     )
     full = _previews(
         renderer=final, request=request, scoring=scoring, most=cheap.refine + 1, pixels=pixels, clock=clock
@@ -104,9 +105,9 @@ def search(
         result, finished = refine(result, full, cheap.refine, backend=config.backend)
         return Found(result, finished)
     except BaseException as error:
-        if not hasattr(error, "ses_result"):
+        if result is not None:  # it was found, and refining it failed
             object.__setattr__(error, "ses_result", result)
-        result = error.ses_result
+        result = getattr(error, "ses_result", None)
         raise
     finally:
         if result is not None:
@@ -150,14 +151,14 @@ def _previews(
     )
 
 
-def _rungs(renderer: Renderer, race: Race | None) -> list[Rung]:
-    if race is None:
+def _rungs(renderer: Renderer, cheap: Preview) -> list[Rung]:
+    if not cheap.rungs:
         return []
     if renderer.sigmas is None:
         raise ValueError(
             "Preview(race=) looks at images on their way, and this pipeline or its scheduler shows none: leave race out"
         )
-    return rungs_of(race, renderer.sigmas)
+    return rungs_of(cheap.rungs, renderer.sigmas)
 
 
 def _final_seconds(previews: Previews, final: Renderer, refine: int) -> float:

@@ -66,7 +66,7 @@ class AnyImage(SESUnit, PipelineUnit):
         clock: CompileClock,
         begin: float,
     ) -> tuple[Any, SearchResult | None]:
-        if request.latents is None and request.config.preview.race is not None:
+        if request.latents is None and request.config.preview.rungs:
             raise ValueError(
                 f"Preview(race=) cannot go with {type(pipe).__name__}: its own call makes each preview, and shows no "
                 "image on its way. Leave race out"

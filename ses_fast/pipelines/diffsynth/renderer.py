@@ -116,8 +116,8 @@ class PipelineRenderer(Renderer):
 
 
 def _to_clean(scheduler: Any) -> Any:
-    """A scheduler whose step goes all the way to the clean image; None where this one has no such step."""
-    if type(scheduler) is not FlowMatchScheduler:
+    """A scheduler whose step goes all the way to the clean image; None where this one has no such step of its own."""
+    if type(scheduler) is not FlowMatchScheduler or "step" in vars(scheduler):
         return None
     clean = copy.copy(scheduler)
     clean.step = functools.partial(scheduler.step, to_final=True)

@@ -118,9 +118,10 @@ class SESUnit(Family):
                 "returns. Enable a pipeline whose call makes one image"
             )
         schedule.forget_add_noise()
+        finished: Tensor | None = None
         base = self.unpack(inputs_shared["noise"], inputs_shared)
         if request.latents is not None:
-            best, finished = given_noise(request.latents, base), None
+            best = given_noise(request.latents, base)
         else:
             if request.base is not None:
                 base = given_noise(request.base, base)
@@ -144,14 +145,14 @@ class SESUnit(Family):
                 vars(pipe.scheduler).clear()
                 vars(pipe.scheduler).update(before)
                 self.call = call
-            pipe.ses_result, finished, best = found.result, found.finished, found.result.latents
+            pipe.ses_result, finished = found
+            best = found.result.latents
         request.answered = True
         noise = self.pack(best)
-        if finished is None:
-            finished = first_latents(pipe.scheduler, noise, schedule.input_latents)
-        else:
+        if finished is not None:
             schedule.skip_denoising()
-        inputs_shared |= {"noise": noise, "latents": finished}
+        latents = first_latents(pipe.scheduler, noise, schedule.input_latents) if finished is None else finished
+        inputs_shared |= {"noise": noise, "latents": latents}
         return inputs_shared, inputs_posi, inputs_nega
 
     def _of_previews(
