@@ -1,5 +1,6 @@
 """The documented call on DiffSynth's other image pipelines, each driven by its own call, with tiny random weights."""
 
+import functools
 from contextlib import contextmanager
 
 import numpy as np
@@ -152,7 +153,9 @@ def test_a_level_in_latents_is_that_of_the_families(pipe, call):
     assert result.state.config.dwt_level == 2
 
 
-@pytest.mark.parametrize("kind", QUICK)
+@pytest.mark.parametrize(
+    "kind", [name if name in QUICK[:2] else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def test_half_size_previews_and_those_without_guidance(tiny, kind, call):
     call = call | KINDS[kind].guided | {"height": 128, "width": 128}
     ses_fast.enable(tiny)
@@ -390,6 +393,29 @@ def test_noise_that_lies_in_an_unknown_layout_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("ses_fast.pipelines.diffsynth.any.LAYOUTS", {})
     pipe = ses_fast.enable(make("flux3"))
     refused(pipe, r"cannot search Flux3ImagePipeline: its noise has the shape \(16, 128\)")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        name if name == "ernie_image" else pytest.param(name, marks=pytest.mark.slow)
+        for name in KINDS
+        if name not in ("hidream_o1", "ideogram4")
+    ],
+)
+def test_compiled_images_differ_by_rounding_and_disable_undoes_it(kind, call):
+    pipe = make(kind)
+    stock = pixels(pipe(**BASE | call))
+    # Without a code generator: dynamo's graphs are the same, and quick.
+    pipe.compile_pipeline = functools.partial(pipe.compile_pipeline, backend="eager")
+    ses_fast.enable(pipe, compile=True)
+    assert any(module._compiled_call_impl is not None for module in pipe.modules())
+    image, result, _ = search(pipe, budget=2, call=call)
+    assert result.seconds["compile"] > 0
+    image, _, _ = search(pipe, budget=1, call=call)
+    assert np.abs(pixels(image) - stock).max() <= 1
+    ses_fast.disable(pipe)
+    assert all(module._compiled_call_impl is None for module in pipe.modules())
 
 
 @pytest.mark.parametrize("kind", ["hidream_o1", "ideogram4"])

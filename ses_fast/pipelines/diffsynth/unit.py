@@ -146,7 +146,7 @@ class SESUnit(Family):
                 vars(pipe.scheduler).update(before)
                 self.call = call
             pipe.ses_result, finished = found
-            best = found.result.latents
+            best = pipe.ses_result.latents
         request.answered = True
         noise = self.pack(best)
         if finished is not None:
