@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import Race
@@ -45,12 +46,12 @@ def who_goes_on(
     keep_first: bool = False,
 ) -> Tensor:  # [k], ascending
     """The best `share` of those that started, by score; of equal ones the earlier. At least one; with `keep_first`
-    the first one takes a place whatever its score.
+    the first one too, whatever its score.
     """
     most = max(1, math.ceil(share * started - 1e-9))
     # On the host: a stable order, which not every device's sort gives.
     known = scores.cpu().double().nan_to_num(*[-math.inf] * 3)
-    if keep_first:
-        known[0] = math.inf
-    order = known.sort(descending=True, stable=True).indices
-    return order[:most].sort().values.to(scores.device)
+    goes_on = torch.zeros(len(known), dtype=torch.bool, device="cpu")
+    goes_on[known.sort(descending=True, stable=True).indices[:most]] = True
+    goes_on[:1] |= keep_first
+    return goes_on.nonzero().flatten().to(scores.device)

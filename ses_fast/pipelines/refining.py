@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..evolution import Leader, leaders
-from ..result import Evaluation, SearchResult
+from ..result import SearchResult, result_of
 from .previews import Previews
 
 
@@ -24,31 +24,16 @@ def refine(
     """
     state = result.state
     best = leaders(state, count, backend=backend)
-    noises = torch.cat([each.latents for each in best])
     if state.include_base and all(each.number for each in best):
         best.append(Leader(state.base, 0, state.history[0]))
-        noises = torch.cat([noises, state.base])
+    noises = torch.cat([each.latents for each in best])
     latents, _, scored = full.finished(noises)
     scores = scored.scores.cpu().double().nan_to_num(*[-math.inf] * 3).tolist()
-    refined = [
-        Evaluation(
-            *divmod(each.number, state.config.popsize),
-            score,
-            {name: raw[row].item() for name, raw in scored.members.items()} or None,
-        )
-        for row, (each, score) in enumerate(zip(best, scores, strict=True))
-    ]
     row = max(range(len(scores)), key=scores.__getitem__)
     if scores[row] == -math.inf:
-        raise RuntimeError(
-            f"none of the {len(scores)} best candidates has a finite score as a final image: see the reward"
-        )
-    base = next((each.score for each in refined if (each.generation, each.index) == (0, 0)), None)
-    return replace(
-        result,
-        latents=noises[row : row + 1],
-        score=scores[row],
-        base_score=base if state.include_base else None,
-        best=refined[row],
-        refined=refined,
-    ), latents[row : row + 1]
+        raise RuntimeError(f"none of the {len(scores)} best candidates has a finite score as a final image")
+    members = [{name: raw[row].item() for name, raw in scored.members.items()} or None for row in range(len(best))]
+    numbers = [each.number for each in best]
+    refined = list(zip(numbers, scores, members, strict=True))
+    answer = result_of(state, noises[row : row + 1], numbers[row], result.stopped, result.seconds, refined=refined)
+    return replace(answer, forwards=result.forwards), latents[row : row + 1]

@@ -146,7 +146,8 @@ class SESUnit(Family):
                 vars(pipe.scheduler).update(before)
                 self.call = call
             pipe.ses_result, finished = found
-            best = pipe.ses_result.latents
+            assert found.result.latents is not None  # the search raises where no score is finite
+            best = found.result.latents
         request.answered = True
         noise = self.pack(best)
         if finished is not None:
