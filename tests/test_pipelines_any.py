@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.base_pipeline import BasePipeline, PipelineUnit
 from diffsynth.diffusion.flow_match import AncestralFlowMatchScheduler, HiDreamO1FlashScheduler
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline
 from tiny import BASE, QUIET, SES, Seen, brightness, manage_vram, pixels, search
@@ -135,6 +135,53 @@ def test_what_the_units_make_of_the_prompt_is_made_once(pipe, kind, call, cfg):
     with counted(reader) as runs:
         search(pipe, budget=3, call=call | {"num_inference_steps": 3})
     assert len(runs) == len(once) > 0
+
+
+@pytest.mark.parametrize("kind", ["ernie_image"])
+def test_a_model_that_writes_on_what_the_units_made_writes_on_a_copy(pipe, call, monkeypatch):
+    plain = pixels(pipe(**BASE | call))
+
+    def model_fn(*args, prompt_embeds, model_fn=pipe.model_fn, **inputs):
+        prompt_embeds.add_(1.0)
+        return model_fn(*args, prompt_embeds=prompt_embeds, **inputs)
+
+    monkeypatch.setattr(pipe, "model_fn", model_fn)
+    stock = pixels(pipe(**BASE | call))
+    assert not np.array_equal(stock, plain)
+    _, _, seen = search(pipe, budget=4, call=call, popsize=1, k_elites=1)
+    assert np.array_equal(pixels(pipe.vae_output_to_image(seen.images[0][None])), stock)
+    image, _, _ = search(pipe, budget=1, call=call)
+    assert np.array_equal(pixels(image), stock)
+
+
+class Dice(PipelineUnit):
+    """Changes the prompt by chance."""
+
+    def __init__(self):
+        super().__init__(
+            seperate_cfg=True,
+            input_params_posi={"prompt_embeds": "prompt_embeds"},
+            input_params_nega={"prompt_embeds": "prompt_embeds"},
+        )
+
+    def process(self, pipe, prompt_embeds):
+        return {"prompt_embeds": prompt_embeds + torch.randn_like(prompt_embeds)}
+
+
+@pytest.mark.parametrize("kind", ["ernie_image"])
+def test_a_unit_that_draws_by_chance_draws_the_same_for_every_candidate(kind, call):
+    pipe, plain = make(kind), pixels(make(kind)(**BASE | call))
+    pipe.units.insert(2, Dice())
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda velocity, timestep, sample: step(velocity, timestep, sample + torch.randn(()))
+    torch.manual_seed(5)
+    stock = pixels(pipe(**BASE | call))
+    assert not np.array_equal(stock, plain)
+    ses_fast.enable(pipe)
+    torch.manual_seed(5)
+    image, _, seen = search(pipe, budget=1, call=call)
+    assert np.array_equal(pixels(image), stock)
+    assert np.array_equal(pixels(pipe.vae_output_to_image(seen.images[0][None])), stock)
 
 
 @pytest.mark.parametrize("kind", ["sensenova_u1", "hidream_o1"])

@@ -227,8 +227,8 @@ class OwnCall:
         **arguments: Any,
     ) -> None:
         self.pipe, self.call, self.arguments = pipe, call, arguments
-        self.units = units or RememberedUnits(pipe.unit_runner)
         self.state = state or RandomState(pipe)
+        self.units = units or RememberedUnits(pipe.unit_runner, self.state)
 
     def changed(self, **arguments: Any) -> "OwnCall":
         """The call with other arguments. Only the number of steps is none of what is remembered."""

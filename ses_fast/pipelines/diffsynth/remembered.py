@@ -14,13 +14,13 @@ Inputs = dict[str, Any]
 class RememberedUnits:
     """Runs the units of a call, in place of `pipe.unit_runner`. What does not depend on the noise is made once.
 
-    Of a unit that names its inputs these decide: the noise, what units made of it, and the number of steps are made
-    anew. One that takes everything over is run again where the noise is already drawn. A copy of what was made is given
-    to each call, for a model may write on it.
+    Of a unit that names its inputs these decide: with the noise, what units made of it, or the number of steps among
+    them it is run again. One that takes everything over is run again where the noise is already drawn, and one that
+    draws by chance always. A copy of what was made is given to each call, for a model may write on it.
     """
 
-    def __init__(self, runner: Callable[..., Any]) -> None:
-        self.runner = runner
+    def __init__(self, runner: Callable[..., Any], state: "RandomState") -> None:
+        self.runner, self.state = runner, state
         self.made: dict[tuple[int, int], tuple[Inputs, ...]] = {}  # (the unit's place in the call, its id) -> outputs
         self.shared: Inputs = {}  # of the last call
         self.begin()
@@ -45,14 +45,14 @@ class RememberedUnits:
             self.shared = shared
             return shared, posi, nega
         before = [dict(inputs) for inputs in (shared, posi, nega)]
-        drawn = self.drawn
+        drawn, chance = self.drawn, self.state.now()
         after = self.runner(unit, pipe, shared, posi, nega)
         made = tuple(map(_news, before, after))
         if unit.take_over:
             depends = drawn
         else:
             depends = not self.depends.isdisjoint(unit.fetch_input_params())
-        if depends or self.drawn != drawn:
+        if depends or self.drawn != drawn or not all(map(torch.equal, chance, self.state.now())):
             self.depends = self.depends.union(*made)
         else:
             self.made[key] = copy.deepcopy(made)
@@ -75,7 +75,7 @@ class RandomState:
         device = torch.device(pipe.device)
         self.devices = [device] if device.type == "cuda" else []
         self.own = [value for value in vars(pipe.scheduler).values() if isinstance(value, torch.Generator)]
-        self.states = self._states()
+        self.states = self.now()
 
     def rewind(self) -> None:
         self._set(self.states)
@@ -83,14 +83,14 @@ class RandomState:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Everything inside is drawn from that state; afterwards chance stands where it stood before."""
-        before = self._states()
+        before = self.now()
         self.rewind()
         try:
             yield
         finally:
             self._set(before)
 
-    def _states(self) -> list[Tensor]:
+    def now(self) -> list[Tensor]:
         return [
             torch.get_rng_state(),
             *(torch.cuda.get_rng_state(device) for device in self.devices),
