@@ -190,6 +190,7 @@ def test_in_pixels_about_eight_by_eight_coefficients_are_searched(pipe, call):
     assert result.state.config.dwt_level == 3  # 64 pixels
     _, result, _ = search(pipe, budget=2, call=call | {"height": 128, "width": 256})
     assert result.state.config.dwt_level == 4
+    assert search(pipe, budget=3, call=call | {"height": 128, "width": 256}, state=result.state)[1].evaluations == 3
     _, result, _ = search(pipe, budget=2, call=call, dwt_level=2)
     assert result.state.config.dwt_level == 2
 
@@ -291,6 +292,36 @@ def test_a_prompt_may_be_given_by_place_and_height_and_width_are_rounded_once(pi
     image = pipe(BASE["prompt"], **rest | SES, ses_eval_budget=1, ses_config=SESConfig(**QUIET))
     assert np.array_equal(pixels(image), stock) and stock.shape[:2] == (64, 64)
     assert capsys.readouterr().out.count("round it up") == 1
+
+
+class Mine(ErnieImagePipeline):
+    """A user's own, whose call names no arguments and counts its steps in numbers."""
+
+    def __call__(self, *args, progress_bar_cmd, **options):
+        steps = progress_bar_cmd(range(len(args[0].split())))
+        return super().__call__(*args, progress_bar_cmd=lambda timesteps: timesteps[: len(steps)], **options)
+
+
+def test_a_class_of_ones_own_that_fits_is_searched():
+    pipe = make("ernie_image")
+    pipe.__class__ = Mine
+    call = BASE | {"rand_device": "cpu", "num_inference_steps": 4}
+    prompt = call.pop("prompt")  # three words
+    stock = pixels(pipe(prompt, **call))
+    ses_fast.enable(pipe)
+    with pytest.warns(UserWarning, match="a schedule of 3 steps"):
+        image = pipe(prompt, **call | SES, ses_eval_budget=1, ses_config=SESConfig(**QUIET))
+    assert np.array_equal(pixels(image), stock) and isinstance(pipe, Mine)
+    assert pipe.ses_result.forwards["preview"] == 3
+
+
+@pytest.mark.parametrize("kind", ["sensenova_u1"])
+def test_a_batch_that_is_asked_for_goes_one_by_one_and_says_so(pipe, call):
+    _, alone, _ = search(pipe, budget=4, call=call, batch_size=1)
+    with pytest.warns(UserWarning, match="previews go one by one") as caught:
+        _, together, _ = search(pipe, budget=4, call=call, batch_size=4)
+    assert len(caught) == 1
+    assert [each.score for each in together.trace] == [each.score for each in alone.trace]
 
 
 @pytest.mark.parametrize("kind", ["stable_diffusion_xl"])
@@ -469,6 +500,13 @@ def test_compiled_images_differ_by_rounding_and_disable_undoes_it(kind, call):
 def test_a_class_without_blocks_to_compile_says_so(kind):
     with pytest.raises(ValueError, match="no model to compile"):
         ses_fast.enable(make(kind), compile=True)
+
+
+@pytest.mark.parametrize("kind", ["joyai"])
+def test_what_the_call_itself_refuses_leaves_as_it_is(pipe):
+    with counted(pipe.dit) as runs, pytest.raises(NotImplementedError, match="provide edit_image"):
+        search(pipe)
+    assert not runs
 
 
 @pytest.mark.parametrize("kind", ["hidream_o1"])

@@ -8,7 +8,7 @@ of its own is for batches and for what needs single steps.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +130,7 @@ def _of_previews(final: "CallRenderer", size: tuple[int, int], request: Request)
             "Preview(scale=2) needs a size whose half the pipeline draws too; of "
             f"{size[0]}x{size[1]} it makes {outline.size[0]}x{outline.size[1]}"
         )
-    if not outline.timesteps.isfinite().all():
+    if not outline.exists:
         raise ValueError(f"this pipeline has no schedule of {request.steps} steps: give more ses_inference_steps")
     if outline.steps != request.steps:
         warn(
@@ -167,12 +167,9 @@ class Outline:
     """What a call shows before it denoises."""
 
     noise: Tensor  # as the pipeline has it
-    timesteps: Tensor
+    steps: int
+    exists: bool  # whether the schedule does: one of too few steps may be made of NaN
     size: tuple[int, int]  # height and width of the image
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
 
 
 @dataclass(frozen=True)
@@ -192,8 +189,9 @@ class Layout:
         if "(h" in words:
             pixels = math.isqrt(height * width // shape[words.split().index("(h")])
         else:
-            pixels = height // shape[-2]
-        layout = Layout(words, height // max(1, pixels), width // max(1, pixels), pixels)
+            pixels = height // shape[-2] if len(shape) > 1 else 1
+        pixels = max(1, pixels)
+        layout = Layout(words, height // pixels, width // pixels, pixels)
         try:
             layout.unpack(outline.noise)
         except EinopsError as error:
@@ -240,16 +238,17 @@ class OwnCall:
 
         Raises ValueError where the call is none that SES can go with.
         """
-        timesteps: list[Tensor] = []
+        schedules: list[list[Any]] = []
 
-        def no_steps(all_steps: Tensor, *_: Any, **__: Any) -> Tensor:
-            timesteps.append(all_steps)
-            return all_steps[:0]
+        def no_steps(timesteps: Iterable[Any], *_: Any, **__: Any) -> list[Any]:
+            schedules.append(list(timesteps))
+            return []
 
         noise, image = self._image(None, no_steps)
-        if len(timesteps) != 1:
-            raise _misfit(self.pipe, f"its call counts its steps by progress_bar_cmd {len(timesteps)} times, not once")
-        return Outline(noise, timesteps[0], (image.shape[-2], image.shape[-1]))
+        if len(schedules) != 1:
+            raise _misfit(self.pipe, f"its call counts its steps by progress_bar_cmd {len(schedules)} times, not once")
+        exists = all(bool(step.isfinite().all()) for step in schedules[0] if isinstance(step, Tensor))
+        return Outline(noise, len(schedules[0]), exists, (image.shape[-2], image.shape[-1]))
 
     def image(self, noise: Tensor) -> Tensor:  # as the pipeline has it -> [1, 3, H, W]
         """What the call hands to `vae_output_to_image`."""
