@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_base, check_noise
+from .reference import Elites
 from .spectral import Band
 from .state import Drawn, EvolutionConfig, SearchState, ranking
 from .strategies import STRATEGIES, Generation
@@ -73,7 +74,6 @@ def start(
         complete=(),
         partial=(),
         evaluations=0,
-        steps=torch.empty(0, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -97,7 +97,7 @@ def ask(
     candidates, low = STRATEGIES[config.strategy].draw(
         Generation(
             number=generation,
-            count=popsize,
+            popsize=popsize,
             residual=state.residual,
             shape=tuple(state.base_low.shape[1:]),
             mean=state.mean,
@@ -139,7 +139,7 @@ def tell(
         raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
     news: dict[str, Any] = {
         "evaluations": state.evaluations + scores.numel(),
-        "steps": _more_steps(state, steps, scores.numel()),
+        "early": _more_steps(state, steps, scores.numel()),
         "members": _more_members(state, members or {}) if members or state.members else state.members,
         "fingerprint": state.fingerprint if fingerprint is None else fingerprint,
     }
@@ -151,8 +151,11 @@ def tell(
 
     if state.partial:
         scores = torch.cat([*state.partial, scores.to(state.mean.device, torch.float64)])
-    update = _update_raced if news["steps"].any() else _update
-    elites = update(state, low, scores.to(state.mean.device), news["steps"], backend)
+    scores = scores.to(state.mean.device)
+    if news["early"]:
+        elites = _update_raced(state, low, scores, torch.cat(news["early"]), backend)
+    else:
+        elites = _update(state, low, scores, state.elite_scores, backend)
     return replace(
         state,
         complete=(*state.complete, elites.scores),
@@ -165,14 +168,13 @@ def tell(
     )
 
 
-def _update(state: SearchState, low: Tensor, scores: Tensor, steps: Tensor, backend: str | None) -> ops.Elites:
-    """The elites of a search whose scores [P] are all final."""
-    given = (low, scores, state.elite_low, state.elite_scores, state.mean, state.variance)
+def _update(state: SearchState, low: Tensor, scores: Tensor, elite_scores: Tensor, backend: str | None) -> Elites:
+    given = (low, scores, state.elite_low, elite_scores, state.mean, state.variance)
     return ops.update_elites(*given, k_elites=state.config.k_elites, backend=backend)
 
 
-def _update_raced(state: SearchState, low: Tensor, scores: Tensor, steps: Tensor, backend: str | None) -> ops.Elites:
-    """The same where some scores are early: the op, which compares numbers, is given places in place of scores."""
+def _update_raced(state: SearchState, low: Tensor, scores: Tensor, steps: Tensor, backend: str | None) -> Elites:
+    """The elites where some scores are early: the op, which compares numbers, is given places in place of scores."""
     scores = scores.double().nan_to_num(*[-torch.inf] * 3)
     known = torch.cat([*state.complete, scores])  # [n], in order
     best = ranking(known, steps)
@@ -181,19 +183,22 @@ def _update_raced(state: SearchState, low: Tensor, scores: Tensor, steps: Tensor
     places = places.where(known > -torch.inf, -torch.inf)
     before, now = places.split([len(known) - len(scores), len(scores)])
     before = before.sort(descending=True, stable=True).values[: len(state.elite_scores)]
-    elites = _update(replace(state, elite_scores=before), low, now, steps, backend)
+    elites = _update(state, low, now, before, backend)
     return elites._replace(elite_scores=known[best[: len(elites.elite_scores)]], scores=scores)
 
 
-def _more_steps(state: SearchState, steps: Tensor | None, count: int) -> Tensor:
+def _more_steps(state: SearchState, steps: Tensor | None, count: int) -> tuple[Tensor, ...]:
+    """`SearchState.early` with those of `count` more scores."""
     if steps is None:
-        steps = torch.zeros(count, dtype=torch.int64, device="cpu")
+        steps = torch.zeros(count, dtype=torch.int64, device="cpu") if state.early else None
     elif steps.shape != (count,) or steps.dtype != torch.int64 or steps.device.type != "cpu" or (steps < 0).any():
         raise ValueError(
             f"steps must be {count} numbers from 0 on, int64 on the CPU; got {tuple(steps.shape)}, {steps.dtype} on "
             f"{steps.device}"
         )
-    return torch.cat([state.steps, steps])
+    if steps is None or not (state.early or steps.any()):
+        return ()
+    return (*(state.early or (state.steps,)), steps.clone())
 
 
 def _more_members(state: SearchState, members: Mapping[str, Tensor]) -> dict[str, Tensor]:

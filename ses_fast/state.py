@@ -85,7 +85,7 @@ class SearchState:
     complete: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, -inf for one not finite
     partial: tuple[Tensor, ...]  # [n] fp64 each: the scores of the generation under way
     evaluations: int  # how many scores there are in all
-    steps: Tensor  # [evaluations] int64 on the CPU: after how many of a preview's steps each was made, 0 if final
+    early: tuple[Tensor, ...] = ()  # `steps` in parts; none while all scores are final
     members: Mapping[str, Tensor] = field(default_factory=dict)  # [evaluations] fp64 each, raw, of combined rewards
     fingerprint: Mapping[str, Any] = field(
         default_factory=dict
@@ -106,6 +106,11 @@ class SearchState:
         """All scores in order, [evaluations] fp64; -inf for one that was not finite."""
         nothing = self.mean.new_empty(0, dtype=torch.float64)
         return torch.cat([nothing, *self.complete, *self.partial])
+
+    @property
+    def steps(self) -> Tensor:
+        """After how many of a preview's steps each score was made, 0 if it is final: [evaluations] int64 on the CPU."""
+        return torch.cat(self.early) if self.early else torch.zeros(self.evaluations, dtype=torch.int64, device="cpu")
 
     @cached_property
     def history(self) -> list[float]:
@@ -162,7 +167,7 @@ class SearchState:
             complete=generations[:whole],
             partial=generations[whole:],
             evaluations=len(state["scores"]),
-            steps=state["steps"],
+            early=(state["steps"],) if state["steps"].any() else (),
             members=_check_members(state),
             fingerprint=state["fingerprint"],
             **{name: state[name] for name in _SAVED},

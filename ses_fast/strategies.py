@@ -10,7 +10,7 @@ Each but the reference and its control keeps N(0, 1): a generation's numbers hav
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,11 @@ from .spectral import Band
 LEAST_STEP = 0.3  # no generation's noise has a smaller deviation
 
 
-@dataclass(frozen=True, eq=False)
-class Generation:
+class Generation(NamedTuple):
     """What a strategy draws from, and the ways to draw."""
 
     number: int  # 0 for the first
-    count: int  # how many candidates n are wanted, from the first on
+    popsize: int  # how many candidates n are wanted, from the first on
     residual: Tensor  # [1, ..., H, W] what the band leaves
     shape: tuple[int, ...]  # one candidate's numbers, (..., h, w), D in all
     mean: Tensor  # [D] the elites'; 0 before there are any
@@ -46,7 +45,7 @@ class Generation:
         draws = self.draws if draws is None else draws
         noise: dict[str, Any] = {"draws": draws, "seed": self.seed if draws is None else None}
         options: dict[str, Any] = {"dtype": self.dtype, "backend": self.backend, **noise}
-        return self.band.sample(self.residual, mean, std, popsize=self.count, generation=self.number, **options)
+        return self.band.sample(self.residual, mean, std, popsize=self.popsize, generation=self.number, **options)
 
     def placed(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(candidates [n, ..., H, W], numbers [n, D]) of given numbers."""
@@ -55,7 +54,7 @@ class Generation:
 
     def noise(self, count: int | None = None) -> Tensor:
         """Standard normals [count, D], a row for each of the first candidates; None: all."""
-        count, size = self.count if count is None else count, self.mean.numel()
+        count, size = self.popsize if count is None else count, self.mean.numel()
         if self.draws is not None:
             return self.draws[:count]
         # At level 0 the lowest band of a latent is all of it.
@@ -70,8 +69,8 @@ class Generation:
         """
         if self.number == 0:
             return self.noise()
-        noise = self.noise((self.count + 1) // 2)
-        return torch.stack([noise, -noise], 1).flatten(0, 1)[: self.count]
+        noise = self.noise((self.popsize + 1) // 2)
+        return torch.stack([noise, -noise], 1).flatten(0, 1)[: self.popsize]
 
     def if_scored(self, numbers: Tensor, noise: Tensor) -> Tensor:
         """The numbers [n, D]; the noise [n, D] where no candidate has a finite score. Does not wait for the device."""
@@ -121,6 +120,11 @@ def ranked(g: Generation) -> tuple[Tensor, Tensor]:
     return g.sampled(*held(evened(g, weighted(g.elites, g.scores))), g.mirrored())
 
 
+def best_two(g: Generation) -> tuple[Tensor, Tensor]:
+    """`ranked` with the best two elites alone: their mean is longer, so a rugged score is searched in shorter steps."""
+    return ranked(g._replace(elites=g.elites[:2], scores=g.scores[:2]))
+
+
 def two_stage(g: Generation) -> tuple[Tensor, Tensor]:
     """First whole noises x' = n; then the leader's high bands stay, and `ranked` searches the lowest band."""
     if g.number == 0:
@@ -130,9 +134,18 @@ def two_stage(g: Generation) -> tuple[Tensor, Tensor]:
 
 def ranked_both(g: Generation) -> tuple[Tensor, Tensor]:
     """First whole noises; then one pair as `ranked` draws whole noises, the next as `two_stage` draws lowest bands."""
+    return _both(g, len(g.elites))
+
+
+def best_both(g: Generation) -> tuple[Tensor, Tensor]:
+    """`ranked_both` with the whole noises of `best_two`."""
+    return _both(g, 2)
+
+
+def _both(g: Generation, elites: int) -> tuple[Tensor, Tensor]:
     if g.number == 0:
         return random(g)
-    mean, std = held(evened(g, weighted(g.elites, g.scores)))
+    mean, std = held(evened(g, weighted(g.elites[:elites], g.scores[:elites])))
     n = g.mirrored()
     return g.placed(in_turn(mean + std * n, _low_of_leader(g, n)))
 
@@ -193,7 +206,7 @@ def parents(g: Generation, count: int) -> Tensor:  # [n, D]; [1, D] for one
     """The best `count` so far, in turn, with an energy of one, and so their lowest bands."""
     best = torch.where(g.scores[:count, None] > -torch.inf, g.elites[:count], g.elites[:1])
     x = unit(evened(g, best))
-    return x[torch.arange(g.count, device=x.device) % len(x)] if count > 1 else x
+    return x[torch.arange(g.popsize, device=x.device) % len(x)] if count > 1 else x
 
 
 def evened(
@@ -204,13 +217,19 @@ def evened(
     if g.band == g.lowest:
         return x
     low, rest = g.apart(x)
-    ratio = x.view(rest.shape).square().flatten(1).mean(1) / low.square().flatten(1).mean(1).clamp(min=1e-12)
-    return g.joined(low * ratio.sqrt().view(-1, *[1] * (low.dim() - 1)), rest).view(x.shape)
+    all_, in_low, in_rest, lows_share = map(mean_square, (x.view(rest.shape), low, rest, x.view(rest.shape) - rest))
+    of_low = all_ / in_low
+    of_rest = (all_ - of_low * lows_share).clamp(min=0) / in_rest  # so that all together keep theirs
+    return g.joined(low * of_low.sqrt(), rest * of_rest.sqrt()).view(x.shape)
+
+
+def mean_square(x: Tensor) -> Tensor:  # [n, 1, ...] of [n, ...], above 0
+    return x.square().mean(tuple(range(1, x.dim())), keepdim=True).clamp(min=1e-12)
 
 
 def unit(x: Tensor) -> Tensor:  # [n, D]
     """x with a mean square of one."""
-    return x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return x / mean_square(x).sqrt()
 
 
 def stepped(
@@ -242,7 +261,9 @@ STRATEGIES = {
     "mirrored": Strategy(mirrored),
     "ranked": Strategy(ranked),
     "ranked_whole": Strategy(ranked, "whole"),
+    "best_two": Strategy(best_two, "whole"),
     "ranked_both": Strategy(ranked_both, "whole"),
+    "best_both": Strategy(best_both, "whole"),
     "two_stage": Strategy(two_stage, "whole"),
     "pcn_low": Strategy(pcn),
     "pcn": Strategy(pcn, "whole"),
@@ -250,6 +271,7 @@ STRATEGIES = {
 }
 
 
+@cache
 def band_of(strategy: str, wavelet: str, level: int) -> Band:
     """The band that the strategy searches."""
     bands = {"lowest": Band(wavelet, level), "high": Band(wavelet, level, high=True), "whole": Band("db1", 0)}

@@ -27,7 +27,7 @@ IMPORTS = {
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},
-    "evolution": {"checks", "ops", "spectral", "state", "strategies"},
+    "evolution": {"checks", "ops", "reference", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
     "kernels": {"custom_op", "reference"},
