@@ -298,8 +298,19 @@ def test_what_is_refused(sdxl, call, config, message):
 
 
 def test_a_reward_by_name_needs_the_prompts_text(flux):
-    with pytest.raises(ValueError, match="prompt_embeds= are no text"):
-        search(flux, 3, reward="pick")
+    for rewards in ({"reward": "pick"}, {"report_rewards": ["hps"]}, {"reward": from_pil(brightness)}):
+        with pytest.raises(ValueError, match="prompt_embeds= are no text"):
+            search(flux, 3, **rewards)
+    output, result = search(flux, 0, reward="pick")  # no reward is asked
+    assert result is None and np.array_equal(first(output), first(flux(num_inference_steps=3, generator=drawn())))
+
+
+def test_other_classes_are_refused():
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(make("SDXL").pipe)
+    with pytest.raises(ValueError, match="does not know .*Img2Img.*diffusers's ChromaPipeline, .*ZImagePipeline"):
+        ses_fast.enable(pipe)
+    with pytest.raises(ValueError, match="no repeated blocks of SD3"):
+        ses_fast.enable(make("SD3").pipe, compile=True)
 
 
 @pytest.mark.parametrize(

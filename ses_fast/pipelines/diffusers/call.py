@@ -5,7 +5,7 @@ The stock call makes every image: its own for the answer, and a `Driver`'s runs 
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from ...result import SearchResult
-from ...rewards.base import Reward
-from ...rewards.pil import PILReward
-from ...rewards.weighted import WeightedReward
 from ..compiling import CompileClock
 from ..config import SESConfig
 from ..enabled import Enabled, arguments_of
@@ -26,7 +23,7 @@ from .family import family_of
 from .memory import COUNTS
 from .noise import Streams
 from .pictures import of_output
-from .renderer import DiffusersRenderer
+from .renderer import renderers
 from .scheduler import draws_noise
 
 # Arguments of the call that no preview depends on, or that a state holds in another form.
@@ -73,7 +70,10 @@ class SESPipeline(Enabled):
             return call(*args, **kwargs)
 
         given = arguments_of(inspect.signature(call).bind(*args, **kwargs))
-        check(given, ses_reward_model, ses_inference_steps, ses_config)
+        check(given, ses_inference_steps, ses_config)
+        if ses_eval_budget != 0 and getattr(ses_config, "latents", None) is None:
+            held_out = getattr(ses_config, "report_rewards", ())
+            check_embeds(given, [ses_reward_model, *(held_out.values() if isinstance(held_out, Mapping) else held_out)])
         with torch.no_grad():
             return self._ses_call(call, given, ses_reward_model, ses_eval_budget, ses_inference_steps, ses_config)
 
@@ -81,7 +81,7 @@ class SESPipeline(Enabled):
         reward, budget, steps, config = documented
         device = torch.device(self._execution_device)
         has_own = given.get("generator") is not None or given.get("latents") is not None
-        from_state = config is not None and config.state is not None and not has_own
+        from_state = getattr(config, "state", None) is not None and not has_own
         seed = Streams(one_generator(given.get("generator")), device).seed()
         # What stands for the noise inside the steps, which is the same for all candidates.
         inside = {"generator": seed} if draws_noise(self.scheduler, given.get("eta")) else {}
@@ -128,33 +128,13 @@ class SESPipeline(Enabled):
         """(the stock call's output with the request's noise, the result of its search)."""
         if request.latents is not None:
             return driver.final(given_noise(request.latents, driver.base)), None
-        base, cheap = driver.base, request.config.preview
-        base = base if request.base is None else given_noise(request.base, base)
-        family = family_of(self)
-        assert family is not None
-        counts_steps = family.whole_calls_only(driver.arguments)
-        if cheap.race is not None and counts_steps is not None:
-            raise ValueError(
-                f"Preview(race=) runs a preview's steps in more than one call, and {counts_steps}= counts them from "
-                "the call's first: leave one of the two out"
-            )
-        all_frames = not is_of_pictures(request.reward)
-        make = functools.partial(DiffusersRenderer, driver, family, all_frames=all_frames)
-        height, width = driver.setting.height, driver.setting.width
-        request.config = suited(request.config, min(base.shape[-2:]), height // base.shape[-2])
-        others: dict[str, Any] = {"num_inference_steps": request.steps}
-        if not cheap.cfg:
-            others[family.guidance] = family.unguided
-        if cheap.scale != 1:
-            others |= {"height": height // cheap.scale, "width": width // cheap.scale}
-        previews = make(**others)
-        half = tuple(side // cheap.scale for side in base.shape[-2:])
-        if tuple(previews.setting.noise.shape) != (*base.shape[:-2], *half):
-            raise ValueError(
-                f"Preview(scale=2) needs a size whose half the pipeline draws too; of {height}x{width} it makes "
-                f"noises of {tuple(base.shape)}, of half that {tuple(previews.setting.noise.shape)}"
-            )
-        found = search(previews, make(), request, base, height=height, width=width, clock=clock, begin=begin)
+        base = driver.base if request.base is None else given_noise(request.base, driver.base)
+        all_frames = not is_of_this_package(request.reward)
+        previews, final = renderers(driver, family_of(self), request, all_frames=all_frames)
+        setting = driver.setting
+        request.config = suited(request.config, min(base.shape[-2:]), setting.height // base.shape[-2])
+        size = {"height": setting.height, "width": setting.width}
+        found = search(previews, final, request, base, **size, clock=clock, begin=begin)
         self.ses_result = found.result
         assert found.result.latents is not None  # a search without a finite score is an error
         finished = None if driver.has_callback else found.finished
@@ -178,7 +158,7 @@ def suited(config: SESConfig, side: int, pixels: int) -> SESConfig:
     return replace(config, dwt_level=max(1, (side // 8).bit_length() - 1))
 
 
-def check(given: Mapping[str, Any], reward: Any, steps: Any, config: Any) -> None:
+def check(given: Mapping[str, Any], steps: Any, config: Any) -> None:
     """Raises ValueError for what a call with SES cannot have, before any work."""
     for name in COUNTS:
         if given.get(name, 1) not in (1, None):
@@ -196,12 +176,6 @@ def check(given: Mapping[str, Any], reward: Any, steps: Any, config: Any) -> Non
         rows = value if is_tensors(value) or isinstance(value, Tensor) else [None]
         if "prompt" in name and len(rows) != 1:
             raise ValueError(f"SES needs one prompt: {name}= is of {len(rows)}")
-    embeds = given.get("prompt") is None and given.get("prompt_embeds") is not None
-    if embeds and (isinstance(reward, str | Mapping) or is_of_pictures(reward)):
-        raise ValueError(
-            "the reward reads the prompt, and prompt_embeds= are no text: give prompt=, or a callable(images, prompt) "
-            "of your own, which then gets an empty prompt"
-        )
     generator = given.get("generator")
     if isinstance(generator, list | tuple) and len(generator) != 1:
         raise ValueError(f"SES makes one image a call: generator= is a list of {len(generator)}")
@@ -211,9 +185,19 @@ def check(given: Mapping[str, Any], reward: Any, steps: Any, config: Any) -> Non
         raise ValueError("give latents= or SESConfig(latents=), not both")
 
 
-def is_of_pictures(reward: Any) -> bool:
-    """Whether a reward is one of this package, which takes images and no videos."""
-    return isinstance(reward, Reward | WeightedReward | PILReward)
+def check_embeds(given: Mapping[str, Any], rewards: Sequence[Any]) -> None:
+    """Raises ValueError where one of the rewards reads the prompt, and the call has its embeddings alone."""
+    embeds = given.get("prompt") is None and given.get("prompt_embeds") is not None
+    if embeds and any(isinstance(each, str | Mapping) or is_of_this_package(each) for each in rewards):
+        raise ValueError(
+            "the reward reads the prompt, and prompt_embeds= are no text: give prompt=, or a callable(images, prompt) "
+            "of your own, which then gets an empty prompt"
+        )
+
+
+def is_of_this_package(reward: Any) -> bool:
+    """Whether a reward is one of this package, which reads the prompt and takes images, no videos."""
+    return any(cls.__module__.partition(".")[0] == "ses_fast" for cls in type(reward).__mro__)
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

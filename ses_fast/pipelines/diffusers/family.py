@@ -53,7 +53,7 @@ FAMILIES = {
 }
 
 
-def family_of(pipe: Any) -> Family | None:
+def family_of(pipe: Any) -> Any:
     """What is the pipeline's own; None where SES does not know it."""
     for cls in type(pipe).__mro__:
         if cls.__name__ in FAMILIES and cls.__module__.partition(".")[0] == "diffusers":

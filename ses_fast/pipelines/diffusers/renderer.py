@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..renderer import Draft, Renderer
+from ..request import Request
 from .driver import Driver
 from .family import Family, denoisers_of
 from .pictures import at_levels, middle_frame
@@ -80,6 +81,34 @@ class DiffusersRenderer(Renderer):
         if images.ndim == 5 and not self.all_frames:
             images = middle_frame(images)
         return at_levels(images)
+
+
+def renderers(
+    driver: Driver, family: Family, request: Request, *, all_frames: bool
+) -> tuple[DiffusersRenderer, DiffusersRenderer]:
+    """(the renderer of previews, that of the final image). Raises ValueError for previews that the call cannot make."""
+    cheap, setting = request.config.preview, driver.setting
+    argument = family.whole_calls_only(driver.arguments)
+    if cheap.race is not None and argument is not None:
+        raise ValueError(
+            f"Preview(race=) runs a preview's steps in more than one call, and {argument}= counts them from the call's "
+            "first: leave one of the two out"
+        )
+    others: dict[str, Any] = {"num_inference_steps": request.steps}
+    if not cheap.cfg:
+        others[family.guidance] = family.unguided
+    if cheap.scale != 1:
+        others |= {"height": setting.height // cheap.scale, "width": setting.width // cheap.scale}
+    final = DiffusersRenderer(driver, family, all_frames=all_frames)
+    previews = DiffusersRenderer(driver, family, all_frames=all_frames, **others)
+    *channels, height, width = setting.noise.shape
+    small = (*channels, height // cheap.scale, width // cheap.scale)
+    if tuple(previews.setting.noise.shape) != small:
+        raise ValueError(
+            f"Preview(scale=2) needs a size whose half the pipeline draws too; of {setting.height}x{setting.width} its "
+            f"noise is {tuple(setting.noise.shape)}, of half that {tuple(previews.setting.noise.shape)}"
+        )
+    return previews, final
 
 
 def _is_compiled(denoiser: nn.Module) -> bool:
