@@ -223,6 +223,17 @@ def test_a_reward_that_draws_or_seeds_changes_nothing(sdxl):
     assert [each.score for each in plain.trace] == [each.score for each in seeded.trace]
 
 
+def test_a_seed_is_a_generator_of_that_seed(sdxl):
+    stock = first(sdxl(num_inference_steps=3, generator=drawn(7)))
+    assert np.array_equal(first(sdxl(num_inference_steps=3, seed=7)), stock)
+    output, result = search(sdxl, 1, seed=None, call={"seed": 7})
+    assert np.array_equal(first(output), stock) and result.seed == 7
+    with pytest.raises(ValueError, match="not both"):
+        search(sdxl, 1, call={"seed": 7})
+    with pytest.raises(ValueError, match="seed"):
+        sdxl(num_inference_steps=1, seed="seven")
+
+
 def test_a_list_of_one_generator(sdxl):
     output, result = search(sdxl, 3)
     again, listed = search(sdxl, 3, call={"generator": [drawn()]})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import check_noise
 from ...result import SearchResult
 from ..compiling import CompileClock
 from ..config import SESConfig
@@ -40,6 +41,7 @@ class SESPipeline(Enabled):
     def __call__(
         self: Any,
         *args: Any,
+        seed: int | None = None,
         enable_ses: bool = False,
         ses_reward_model: Any = "pick",
         ses_eval_budget: int | None = 50,
@@ -49,6 +51,7 @@ class SESPipeline(Enabled):
     ) -> Any:
         """The stock call; with enable_ses=True, from a noise that Spectral Evolution Search found.
 
+        seed: as generator=torch.Generator().manual_seed(seed), and the search's own seed. With or without a search.
         ses_reward_model: a name or a dict of weights for `load_reward`, a loaded reward, or any callable that
             takes images (n, 3, H, W) in [-1, 1] and the prompt, and returns n scores, higher for better. Of a video
             a callable gets all frames, (n, F, 3, H, W), and a reward of this package the middle one.
@@ -66,6 +69,11 @@ class SESPipeline(Enabled):
         if not isinstance(enable_ses, bool):
             raise ValueError(f"enable_ses must be True or False, got {enable_ses!r}")
         call = super().__call__  # type: ignore[misc]
+        if seed is not None:
+            if kwargs.get("generator") is not None:
+                raise ValueError("give seed= or generator=, not both")
+            seed = check_noise(seed, None)
+            kwargs["generator"] = torch.Generator().manual_seed(seed)
         if not enable_ses:
             return call(*args, **kwargs)
 
@@ -75,23 +83,32 @@ class SESPipeline(Enabled):
             held_out = getattr(ses_config, "report_rewards", ())
             check_embeds(given, [ses_reward_model, *(held_out.values() if isinstance(held_out, Mapping) else held_out)])
         with torch.no_grad():
-            return self._ses_call(call, given, ses_reward_model, ses_eval_budget, ses_inference_steps, ses_config)
+            documented = (ses_reward_model, ses_eval_budget, ses_inference_steps, ses_config)
+            return self._ses_call(call, given, seed, *documented)
 
-    def _ses_call(self: Any, call: Callable[..., Any], given: Mapping[str, Any], *documented: Any) -> Any:
-        reward, budget, steps, config = documented
+    def _ses_call(
+        self: Any,
+        call: Callable[..., Any],
+        given: Mapping[str, Any],
+        seed: int | None,
+        reward: Any,
+        budget: Any,
+        steps: Any,
+        config: Any,
+    ) -> Any:
         device = torch.device(self._execution_device)
         has_own = given.get("generator") is not None or given.get("latents") is not None
         from_state = getattr(config, "state", None) is not None and not has_own
-        seed = Streams(one_generator(given.get("generator")), device).seed()
+        state_of_streams = Streams(one_generator(given.get("generator")), device).seed()
         # What stands for the noise inside the steps, which is the same for all candidates.
-        inside = {"generator": seed} if draws_noise(self.scheduler, given.get("eta")) else {}
+        inside = {"generator": state_of_streams} if draws_noise(self.scheduler, given.get("eta")) else {}
         request = make_request(
             reward=reward,
             budget=budget,
             steps=steps,
             config=config,
             prompt=given.get("prompt") if given.get("prompt") is not None else "",
-            seed=None if from_state else seed,
+            seed=None if from_state else state_of_streams if seed is None else seed,
             has_own_noise=given.get("latents") is not None,
             fingerprint={
                 "pipeline": self._ses_stock.__name__,
