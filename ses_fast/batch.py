@@ -5,6 +5,7 @@ for result in ses_fast.batch.run(pipe, "prompts.csv", "out", ses_reward_model="p
 """
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -84,7 +85,7 @@ def run(
         "ses_inference_steps": ses_inference_steps,
         "seed": seed,
         "arguments": facts(call),
-        "report_rewards": sorted(config.report_rewards),
+        "report_rewards": _names(config.report_rewards),
         "ses_config": {name: value for name, value in config.settings().items() if name not in HOW},
     }
     ses = {
@@ -109,6 +110,10 @@ def _checked_config(config: SESConfig | None) -> SESConfig:
         if getattr(config, name) is not None:
             raise ValueError(f"SESConfig({name}=) is of one call, and a batch makes many: leave it out")
     return replace(config, progress=False)  # the batch has a bar of its own
+
+
+def _names(rewards: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    return {name: reward_name(rewards[name] if isinstance(rewards, Mapping) else name) for name in rewards}
 
 
 def _results(
@@ -178,18 +183,21 @@ class _Work:
         except CannotWrite:
             raise
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return replace(
+            result = replace(
                 result,
                 error=_utf8(f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]),
                 traceback=_utf8("".join(traceback.format_exception(error))[-MOST_CHARACTERS:]),
             )
+        if torch.cuda.is_available():  # here, where the error no longer holds the tensors that may have been too many
+            torch.cuda.empty_cache()
+        return result
 
     def _done(self, prompt: Prompt, result: Result, advance: Callable[[int], Any]) -> Result:
         own = {name: getattr(prompt, name) for name in ("negative_prompt", "width", "height")}
         arguments = {**self.call, **{name: value for name, value in own.items() if value is not None}}
-        call = functools.partial(self.pipe, prompt.text, seed=result.seed, **arguments)
+
+        def call(**ses: Any) -> Any:
+            return self.pipe(prompt.text, **_seeded(self.pipe, result.seed), **arguments, **ses)
 
         begin = time.perf_counter()
         base = _picture(call(enable_ses=False))
@@ -284,6 +292,13 @@ def _picture(output: Any) -> Any:
     if not hasattr(image, "save"):
         raise ValueError(f"a batch keeps pictures, and the pipeline's call returns {type(image).__name__}")
     return image
+
+
+def _seeded(pipe: Any, seed: int) -> dict[str, Any]:
+    """The arguments that make the noise that of a seed: DiffSynth takes the number, diffusers a generator of its own."""
+    if "seed" in inspect.signature(type(pipe).__call__).parameters:
+        return {"seed": seed}
+    return {"generator": torch.Generator("cpu").manual_seed(seed)}
 
 
 def _seed(prompt: Prompt, default: int) -> int:

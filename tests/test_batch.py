@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,23 @@ def test_a_user_may_watch(tmp_path):
     assert seen == [4, 8]
 
 
+class ToyOfDiffusers(ToyPipeline):
+    """Takes a generator in place of a seed, and returns an object with the pictures."""
+
+    def __call__(self, prompt, *, generator, **call):
+        image = super().__call__(prompt, seed=generator.initial_seed(), **call)
+        torch.randn(9, generator=generator)  # as the noise is drawn: the next call needs a new one
+        assert not torch.equal(
+            generator.get_state(), torch.Generator().manual_seed(generator.initial_seed()).get_state()
+        )
+        return SimpleNamespace(images=[image])
+
+
+def test_a_pipeline_that_takes_a_generator(tmp_path, whole):
+    _, pipe = run(PROMPTS, tmp_path, ToyOfDiffusers())
+    assert pictures(tmp_path) == pictures(whole) and len(pipe.calls) == 6
+
+
 # ---------------------------------------------------------------- how it goes on
 
 
@@ -208,7 +226,7 @@ OTHER = {
     "model": ({"model": "v2"}, "model was None, and now is 'v2'"),
     "an argument of the call": ({"height": 12}, "arguments.height was None, and now is 12"),
     "a setting": ({"ses_config": replace(SMALL, popsize=5)}, "ses_config.popsize was 4, and now is 5"),
-    "held-out rewards": ({"ses_config": replace(SMALL, report_rewards={"r": redness})}, "report_rewards was"),
+    "held-out rewards": ({"ses_config": replace(SMALL, report_rewards={"r": redness})}, "report_rewards.r was None"),
 }
 
 
