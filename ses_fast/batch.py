@@ -241,7 +241,7 @@ class _Work:
         except ValueError as error:
             if hasattr(error, "ses_result"):  # the search went on, and then failed
                 raise
-            warn(f"the search that was kept in {self.folder.search(stem)} begins anew: {error}")
+            warn(f"the search that was kept in {self.folder.search(stem).name} begins anew: {error}")
         return call(enable_ses=True, ses_config=config, **self.ses)
 
 
@@ -295,7 +295,7 @@ def _picture(output: Any) -> Any:
 
 
 def _seeded(pipe: Any, seed: int) -> dict[str, Any]:
-    """The arguments that make the noise that of a seed: DiffSynth takes the number, diffusers a generator of its own."""
+    """What gives a call the noise of a seed: DiffSynth takes the number, diffusers a generator, new for each call."""
     if "seed" in inspect.signature(type(pipe).__call__).parameters:
         return {"seed": seed}
     return {"generator": torch.Generator("cpu").manual_seed(seed)}
