@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from . import batch, embedded, ops
     from .loop import evolve, search
     from .ops import set_backend
-    from .pipelines import SESConfig, disable, enable
+    from .pipelines import Preview, SESConfig, disable, enable
     from .result import SearchResult
     from .rewards import load_reward, unload_rewards
 
 __version__ = "0.1.0"
 __all__ = [
+    "Preview",
     "SESConfig",
     "SearchResult",
     "batch",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Preview": "pipelines",
     "SESConfig": "pipelines",
     "SearchResult": "result",
     "disable": "pipelines",

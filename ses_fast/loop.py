@@ -40,12 +40,13 @@ def search(
 def evolve(
     base_latents: Tensor,  # [1, ..., H, W]
     objective_reward_fn: Callable[[Tensor], Any] | Objective,
-    total_eval_budget: int = 30,
+    total_eval_budget: int | None = 30,
     popsize: int = 10,
     k_elites: int = 5,
     wavelet_name: str = "db1",
     dwt_level: int = 4,
     *,
+    strategy: str = "ses",
     seed: int | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 1,
@@ -62,11 +63,13 @@ def evolve(
         all of one generation, and returns n scores: a float for one, a tensor or a sequence. One that is not
         finite counts as minus infinity, which is warned of once. So is a first generation of equal scores.
         An `Objective` gets the rest of a generation at once, whatever the batch_size.
-    total_eval_budget: how many candidates to score, those of `state` included.
+    total_eval_budget: how many candidates to score, those of `state` included; None: as many as time_limit allows.
+    strategy: how the next generation is drawn, a name of `strategies.STRATEGIES`; "ses" is the reference's way.
     seed: makes the noise a function of (seed, generation, candidate, coefficient), whatever the backend and
         the batch_size. None: drawn once from torch's global state, and reported.
     generator: instead of a seed, a CPU torch.Generator; each generation draws `torch.randn(popsize, D,
-        generator=generator)`: then the search is `diffsynth.utils.ses.ses_search`'s with the same draws.
+        generator=generator)`, D numbers in the band that the strategy searches (for one that moves the whole noise:
+        all of it). With "ses" the search is then `diffsynth.utils.ses.ses_search`'s with the same draws.
     include_base: the base takes the place of candidate 0 of generation 0: the answer is never worse than it.
     on_generation: called with the SearchResult so far after each complete generation.
     progress: a tqdm bar.
@@ -79,8 +82,10 @@ def evolve(
     objective too, leaves as it is and carries the SearchResult so far as `error.ses_result`.
     """
     stopwatch = Stopwatch(STAGES)
-    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level)
-    budget = whole_number("total_eval_budget", total_eval_budget, 1)
+    config = EvolutionConfig(popsize, k_elites, wavelet_name, dwt_level, strategy)
+    budget = None if total_eval_budget is None else whole_number("total_eval_budget", total_eval_budget, 1)
+    if budget is None and time_limit is None:
+        raise ValueError("total_eval_budget=None searches for as long as time_limit= says: give one of them")
     check_options(on_generation=on_generation, time_limit=time_limit)
     objective = _as_objective(objective_reward_fn, whole_number("batch_size", batch_size, 1))
     if state is None:
@@ -104,13 +109,23 @@ def evolve(
     )
     with recorder:
         while recorder.goes_on():
-            candidates, low = ask(state, state.index + budget - state.evaluations, backend=backend)
+            count = None if budget is None else state.index + budget - state.evaluations
+            candidates, low = ask(state, count, backend=backend)
             recorder.asked(low)
             left = candidates[state.index :]
             objective.score(left, state.generation, state.index, recorder.take)
             del candidates, left  # the next generation may have their memory
-            scores, members = recorder.scores()
-            state = tell(state, low, scores, members=members, fingerprint=objective.fingerprint, backend=backend)
+            scored = recorder.scored()
+            fingerprint = objective.fingerprint
+            state = tell(
+                state,
+                low,
+                scored.scores,
+                steps=scored.steps,
+                members=scored.members,
+                fingerprint=fingerprint,
+                backend=backend,
+            )
             recorder.told(state)
         return recorder.result()
 

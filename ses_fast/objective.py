@@ -14,6 +14,9 @@ class Scored(NamedTuple):
 
     scores: Tensor  # [n] fp64, higher is better
     members: Mapping[str, Tensor] = {}  # [n] fp64 each: the raw scores of several rewards, where `scores` combines them
+    steps: Tensor | None = (
+        None  # [n] int64 on the CPU: after how many steps each was made, 0 where it is final; all are
+    )
     why_not_finite: str = ""  # which part first gave a value that is not finite, where that was looked for
 
 
@@ -22,6 +25,8 @@ Report = Callable[[Scored], bool]  # takes scores as they come; False: no more a
 
 class Objective(ABC):
     """Scores a generation, in as many batches as it likes."""
+
+    reserve = 0.0  # seconds that the caller needs after the search: a time limit ends so much earlier
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """What goes on beside a search: clocks, the bar, warnings, scores on their way to the state, and partial results."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ class Recorder:
         self,
         state: SearchState,
         objective: Objective,
-        budget: int,
+        budget: int | None,  # None: until the time is over
         stopwatch: Stopwatch,
         *,
         progress: bool,
@@ -66,7 +66,8 @@ class Recorder:
 
     def goes_on(self) -> bool:
         """Whether there is budget and time for more."""
-        return self.state.evaluations < self.budget and self.stopped == "budget"
+        paid = self.budget is not None and self.state.evaluations >= self.budget
+        return not paid and self.stopped == "budget"
 
     def asked(self, low: Tensor) -> None:
         """A generation was drawn; `low` [P, D] are its lowest bands."""
@@ -84,13 +85,13 @@ class Recorder:
         self.bar.update(n)
         if scored.why_not_finite and not self.watch.why_not_finite:
             self.watch.why_not_finite = scored.why_not_finite
-        if self.time_limit is not None and self.counted < self.budget:
-            if self.stopwatch.last - self.begin >= self.time_limit:
+        if self.time_limit is not None and (self.budget is None or self.counted < self.budget):
+            if self.stopwatch.last - self.begin >= self.time_limit - self.objective.reserve:
                 self.stopped = "time_limit"
         return self.stopped == "budget"
 
-    def scores(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What was taken and is not yet in the state, in order: ([n], the members' raw scores [n] each)."""
+    def scored(self) -> Scored:
+        """What was taken and is not yet in the state, in order."""
         self.stopwatch.lap("objective")
         if not self.reported:
             raise ValueError("the objective reported no score for the candidates that it was given")
@@ -133,19 +134,24 @@ class Recorder:
     def _attach(self, error: BaseException) -> None:
         """Puts the result so far at error.ses_result."""
         if self.reported and self.low is not None:
-            scores, members = self.scores()
-            fingerprint = self.objective.fingerprint
+            scored = self.scored()
             self.state = tell(
-                self.state, self.low, scores, members=members, fingerprint=fingerprint, backend=self.backend
+                self.state,
+                self.low,
+                scored.scores,
+                steps=scored.steps,
+                members=scored.members,
+                fingerprint=self.objective.fingerprint,
+                backend=self.backend,
             )
         # An exception may be a frozen dataclass, which refuses error.ses_result = ...
         object.__setattr__(error, "ses_result", self._result("error"))
 
 
-def _joined(reported: list[Scored]) -> tuple[Tensor, dict[str, Tensor]]:
-    names: Mapping[str, Tensor] = reported[0].members if reported else {}
-    members = {name: torch.cat([each.members[name] for each in reported]) for name in names}
-    return torch.cat([each.scores for each in reported]), members
+def _joined(reported: list[Scored]) -> Scored:
+    members = {name: torch.cat([each.members[name] for each in reported]) for name in reported[0].members}
+    steps = [each.steps for each in reported if each.steps is not None]
+    return Scored(torch.cat([each.scores for each in reported]), members, steps=torch.cat(steps) if steps else None)
 
 
 class _Watch:

@@ -1,8 +1,9 @@
 """What a search has found, in memory and on disk."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .errors import missing_extra
-from .evolution import leader
+from .evolution import Leader, leaders
 from .files import write_whole
 from .state import TENSORS, SearchState
 
-RESULT_FORMAT = 2  # raised when `SearchResult.load` would no longer read an old file
+RESULT_FORMAT = 3  # raised when `SearchResult.load` would no longer read an old file
 STOPPED = ("budget", "time_limit", "error", "running")  # "running": in on_generation
 # A file may come from another device: its answer is built again here, and differs by the dtype's rounding.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -30,6 +31,7 @@ class Evaluation:
     index: int
     score: float
     members: dict[str, float] | None = None  # each one's raw score, where the objective combines several rewards
+    steps: int | None = None  # after how many of a preview's steps it was made, where a race stopped it; None: final
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,10 @@ class SearchResult:
     stopped: str  # one of STOPPED
     state: SearchState  # to save, or to continue from with evolve(..., state=)
     held_out: dict[str, HeldOut] = field(default_factory=dict)  # a pipeline's, by SESConfig(report_rewards=)
+    refined: list[Evaluation] = field(
+        default_factory=list
+    )  # the best ones' scores as final images, by Preview(refine=)
+    forwards: dict[str, int] = field(default_factory=dict)  # of a pipeline's denoiser in this call, "preview", "refine"
 
     def __repr__(self) -> str:
         best = self.best and (self.best.generation, self.best.index)
@@ -78,14 +84,19 @@ class SearchResult:
             tensors["latents"] = self.latents.cpu().contiguous()
         facts = {
             "format": RESULT_FORMAT,
-            "best": None if self.best is None else self.trace.index(self.best),
+            "best": None if self.best is None else self._number(self.best),
             "seconds": self.seconds,
             "stopped": self.stopped,
             "held_out": {name: [one.base, one.answer] for name, one in self.held_out.items()},
+            "refined": [[self._number(one), one.score, one.members] for one in self.refined],
+            "forwards": self.forwards,
             "state": {name: value for name, value in state.items() if name not in tensors},
         }
         header = {"ses_fast": json.dumps(facts)}
         write_whole(path, lambda file: safetensors.torch.save_file(tensors, file, metadata=header))
+
+    def _number(self, one: Evaluation) -> int:
+        return one.generation * self.state.config.popsize + one.index
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "SearchResult":
@@ -123,20 +134,30 @@ def result_of(
     stopped: str,
     seconds: dict[str, float],
     held_out: dict[str, HeldOut] | None = None,
+    refined: Sequence[tuple[int, float, dict[str, float] | None]] = (),  # number, score, members
+    forwards: dict[str, int] | None = None,
 ) -> SearchResult:
-    """The result of a search in `state`. Waits for the device."""
+    """The result of a search in `state`; its answer is the best of `refined`, where there are any. Waits for the
+    device.
+    """
     popsize, members = state.config.popsize, {name: scores.tolist() for name, scores in state.members.items()}
     trace = [
         Evaluation(
-            *divmod(number, popsize), score, {name: each[number] for name, each in members.items()} if members else None
+            *divmod(number, popsize),
+            score,
+            {name: each[number] for name, each in members.items()} if members else None,
+            steps or None,
         )
-        for number, score in enumerate(state.history)
+        for number, (score, steps) in enumerate(zip(state.history, state.steps.tolist(), strict=True))
     ]
+    again = {number: Evaluation(*divmod(number, popsize), score, each) for number, score, each in refined}
+    judged = again or dict(enumerate(trace))
+    base = judged.get(0) if state.include_base else None
     return SearchResult(
         latents=latents,
-        score=None if best is None else trace[best].score,
-        base_score=trace[0].score if state.include_base and trace else None,
-        best=None if best is None else trace[best],
+        score=None if best is None else judged[best].score,
+        base_score=None if base is None else base.score,
+        best=None if best is None else judged[best],
         trace=trace,
         evaluations=state.evaluations,
         seed=state.seed,
@@ -144,6 +165,8 @@ def result_of(
         stopped=stopped,
         state=state,
         held_out=held_out or {},
+        refined=list(again.values()),
+        forwards=forwards or {},
     )
 
 
@@ -164,20 +187,40 @@ def _read(facts: dict[str, Any], tensors: dict[str, Tensor]) -> SearchResult:
         if not isinstance(two, list) or len(two) != 2 or not all(map(_is_number, two)):
             raise ValueError(f"its held-out scores of {name!r} are not two numbers")
         held_out[name] = HeldOut(*two)
-    best = facts.get("best")
-    expected = leader(state)
-    if expected is None:
+    forwards = _part(facts, "forwards", dict)
+    if not all(type(value) is int and value >= 0 for value in forwards.values()):
+        raise ValueError("its forwards are not whole numbers")
+    best, refined = facts.get("best"), _read_refined(_part(facts, "refined", list), state)
+    known = leaders(state, state.config.k_elites)
+    if state.include_base and state.history and state.history[0] > -math.inf and all(each.number for each in known):
+        known.append(Leader(state.base, 0, state.history[0]))
+    if not known:
         if best is not None or latents is not None:
             raise ValueError("it names a best candidate, and none of its scores is finite")
     else:
-        if type(best) is not int or best != expected.number:
-            raise ValueError(f"it names candidate {best!r} as the best, and its scores say {expected.number}")
-        if latents is None or latents.shape != expected.latents.shape or latents.dtype != expected.latents.dtype:
+        number = max(refined, key=lambda one: one[1])[0] if refined else known[0].number
+        expected = next((each.latents for each in known if each.number == number), None)
+        if type(best) is not int or best != number:
+            raise ValueError(f"it names candidate {best!r} as the best, and its scores say {number}")
+        if expected is None or latents is None or latents.shape != expected.shape or latents.dtype != expected.dtype:
             raise ValueError("its latents are not of the base's shape and dtype")
         tolerance = TOLERANCE[latents.dtype]
-        if not torch.allclose(latents.double(), expected.latents.double(), rtol=tolerance, atol=tolerance):
+        if not torch.allclose(latents.double(), expected.double(), rtol=tolerance, atol=tolerance):
             raise ValueError("its latents are not those of its best candidate")
-    return result_of(state, latents, best, stopped, seconds, held_out)
+    return result_of(state, latents, best, stopped, seconds, held_out, refined, forwards)
+
+
+def _read_refined(given: list[Any], state: SearchState) -> list[tuple[int, float, dict[str, float] | None]]:
+    refined = []
+    for one in given:
+        if not isinstance(one, list) or len(one) != 3 or type(one[0]) is not int or not _is_number(one[1]):
+            raise ValueError("its refined scores are not (number, score, members)")
+        number, score, members = one
+        good = members is None or isinstance(members, dict) and all(map(_is_number, members.values()))
+        if not 0 <= number < state.evaluations or not good:
+            raise ValueError(f"its refined candidate {number} is none of the search's {state.evaluations}")
+        refined.append((number, float(score), members))
+    return refined
 
 
 def _part(facts: Mapping[str, Any], name: str, kind: type) -> Any:

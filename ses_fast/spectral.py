@@ -10,7 +10,7 @@ rule too. `backend` is the ops'; the matrices are torch's, on any device. Where 
 import difflib
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def split(
     low is cA of `pywt.wavedec2(x, wavelet, "symmetric", level)`. A level above the useful one warns and goes
     on, as PyWavelets does. Raises ValueError for an unknown wavelet, a level below 0, an empty or integer x.
     """
-    if _is_haar(wavelet):
+    if is_haar(wavelet):
         return ops.split_low_band(x, level, backend=backend)
     check_latents(x, level, filter_length=_pywt().Wavelet(wavelet).dec_len)
     (down, _), (across, _) = (_matrices(wavelet.lower(), level, n, x.device) for n in x.shape[-2:])
@@ -57,7 +57,7 @@ def merge(
 
     Raises ValueError where `low` has not the size of that band.
     """
-    if _is_haar(wavelet):
+    if is_haar(wavelet):
         return ops.merge_low_band(residual, low, level, dtype=dtype, backend=backend)
     check_level(level)
     (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
@@ -88,7 +88,7 @@ def sample_population(
     noise: dict[str, Any] = dict(
         popsize=popsize, seed=seed, generation=generation, first=first, draws=draws, backend=backend
     )
-    if _is_haar(wavelet):
+    if is_haar(wavelet):
         return ops.sample_population(residual, mean, std, level, dtype=dtype, **noise)
     check_level(level)
     check_residual(residual)
@@ -98,6 +98,39 @@ def sample_population(
     flat = residual.new_zeros(1, 1, torch.Size(shape).numel())
     _, low = ops.sample_population(flat, mean, std, 0, **noise)
     return merge(residual, low.view(popsize, *shape), wavelet, level, dtype=dtype), low
+
+
+class Band(NamedTuple):
+    """The numbers of a noise that a search moves: its lowest band; all of it at level 0; or one high band of as many.
+
+    high: a sign that changes at every half block of 2^level samples, down and across, turns the high band into the
+        lowest one and back. With Haar, and sides that are whole blocks, it is cD of the coarsest level.
+    """
+
+    wavelet: str
+    level: int
+    high: bool = False  # then the level is 1 or more
+
+    def split(self, base: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """`split` of the base [1, ..., H, W], for this band."""
+        return split(self._turned(base), self.wavelet, self.level, backend=backend)
+
+    def merge(
+        self, residual: Tensor, numbers: Tensor, *, dtype: torch.dtype | None = None, backend: str | None = None
+    ) -> Tensor:
+        """`merge` of the band's numbers [..., h, w], for this band."""
+        return self._turned(merge(residual, numbers, self.wavelet, self.level, dtype=dtype, backend=backend))
+
+    def sample(self, residual: Tensor, mean: Tensor, std: Tensor, **noise: Any) -> tuple[Tensor, Tensor]:
+        """`sample_population`, for this band."""
+        candidates, numbers = sample_population(residual, mean, std, self.wavelet, self.level, **noise)
+        return self._turned(candidates), numbers
+
+    def _turned(self, x: Tensor) -> Tensor:
+        if not self.high:
+            return x
+        down, across = (1 - 2 * (torch.arange(n, device=x.device) >> (self.level - 1) & 1) for n in x.shape[-2:])
+        return x * down[:, None].to(x.dtype) * across.to(x.dtype)
 
 
 def check_wavelet(wavelet: str) -> None:
@@ -113,7 +146,7 @@ def check_wavelet(wavelet: str) -> None:
         )
 
 
-def _is_haar(wavelet: str) -> bool:
+def is_haar(wavelet: str) -> bool:
     check_wavelet(wavelet)
     return wavelet.lower() in HAAR
 

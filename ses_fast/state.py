@@ -8,26 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spectral
+from . import spectral, strategies
 from .checks import check_base, check_drawn, check_noise, check_sizes
 
-STATE_FORMAT = 2  # raised when an old state_dict would no longer continue bit for bit
+STATE_FORMAT = 3  # raised when an old state_dict would no longer continue bit for bit
 
 
 @dataclass(frozen=True)
 class EvolutionConfig:
-    """Raises ValueError for a size below 1 or above 2^32, a level below 0 or above 24, and an unknown wavelet."""
+    """How a search is made. Raises ValueError for a size below 1 or above 2^32, a level below 0 or above 24, an unknown
+    wavelet, and an unknown strategy (the names are those of `strategies.STRATEGIES`).
+    """
 
     popsize: int = 10
     k_elites: int = 5
     wavelet_name: str = "db1"
     dwt_level: int = 4
+    strategy: str = "ses"
 
     def __post_init__(self) -> None:
         sizes = check_sizes(self.popsize, self.k_elites, self.dwt_level)
         for name, size in zip(("popsize", "k_elites", "dwt_level"), sizes, strict=True):
             object.__setattr__(self, name, size)
         spectral.check_wavelet(self.wavelet_name)
+        strategies.check_strategy(self.strategy, self.dwt_level)
+
+    @property
+    def band(self) -> spectral.Band:
+        """The numbers that the strategy searches."""
+        return strategies.band_of(self.strategy, self.wavelet_name, self.dwt_level)
 
 
 class Drawn:
@@ -64,7 +73,7 @@ class SearchState:
 
     config: EvolutionConfig
     base: Tensor  # [1, ..., H, W] as given
-    base_low: Tensor  # [1, ..., h, w] fp32 (fp64 for an fp64 base), its lowest band of D numbers
+    base_low: Tensor  # [1, ..., h, w] fp32 (fp64 for an fp64 base), its D numbers in the band that is searched
     residual: Tensor  # [1, ..., H, W] as base_low, the rest, which stays
     include_base: bool
     seed: int | None  # None with a generator
@@ -76,6 +85,7 @@ class SearchState:
     complete: tuple[Tensor, ...]  # [P] fp64 each: the complete generations' scores, -inf for one not finite
     partial: tuple[Tensor, ...]  # [n] fp64 each: the scores of the generation under way
     evaluations: int  # how many scores there are in all
+    early: tuple[Tensor, ...] = ()  # `steps` in parts; none while all scores are final
     members: Mapping[str, Tensor] = field(default_factory=dict)  # [evaluations] fp64 each, raw, of combined rewards
     fingerprint: Mapping[str, Any] = field(
         default_factory=dict
@@ -97,6 +107,11 @@ class SearchState:
         nothing = self.mean.new_empty(0, dtype=torch.float64)
         return torch.cat([nothing, *self.complete, *self.partial])
 
+    @property
+    def steps(self) -> Tensor:
+        """After how many of a preview's steps each score was made, 0 if it is final: [evaluations] int64 on the CPU."""
+        return torch.cat(self.early) if self.early else torch.zeros(self.evaluations, dtype=torch.int64, device="cpu")
+
     @cached_property
     def history(self) -> list[float]:
         """The scores as numbers. Waits for the device, once."""
@@ -113,7 +128,7 @@ class SearchState:
         """CPU tensors, plain numbers, strings and None: for safetensors beside JSON, or for `torch.save`."""
         state = {f.name: getattr(self.config, f.name) for f in fields(EvolutionConfig)}
         state |= {"format": STATE_FORMAT, "include_base": self.include_base, "seed": self.seed}
-        state |= {name: getattr(self, name).cpu().contiguous() for name in (*_SAVED, "scores")}
+        state |= {name: getattr(self, name).cpu().contiguous() for name in (*_SAVED, "scores", "steps")}
         state |= {"fingerprint": dict(self.fingerprint), "members": list(self.members)}
         if self.members:
             state["member_scores"] = torch.stack(list(self.members.values()))  # [M, evaluations]
@@ -132,11 +147,12 @@ class SearchState:
                 f"not a search state of format {STATE_FORMAT}, which this version of ses_fast goes on with: its format "
                 f"is {state['format']!r}. Search again, or go on with the version that saved it"
             )
-        if missing := {*settings, *_SAVED, "scores", "include_base", "seed", "fingerprint", "members"} - state.keys():
+        others = ("scores", "steps", "include_base", "seed", "fingerprint", "members")
+        if missing := {*settings, *_SAVED, *others} - state.keys():
             raise ValueError(f"the search state lacks {', '.join(sorted(missing))}")
         config = EvolutionConfig(**{name: state[name] for name in settings})
         check_base(state["base"])
-        base_low, residual = spectral.split(state["base"], config.wavelet_name, config.dwt_level, backend=backend)
+        base_low, residual = config.band.split(state["base"], backend=backend)
         generator = _check_saved(state, config.popsize, config.k_elites, base_low.numel())
         drawn = None if generator is None else Drawn(generator, config.popsize, base_low.numel())
         generations = state["scores"].split(config.popsize)
@@ -151,15 +167,27 @@ class SearchState:
             complete=generations[:whole],
             partial=generations[whole:],
             evaluations=len(state["scores"]),
+            early=(state["steps"],) if state["steps"].any() else (),
             members=_check_members(state),
             fingerprint=state["fingerprint"],
             **{name: state[name] for name in _SAVED},
         )
 
 
-TENSORS = {"base", "mean", "variance", "elite_low", "elite_scores", "scores", "member_scores", "generator_state"}
 _SAVED = ("base", "mean", "variance", "elite_low", "elite_scores")
+TENSORS = {*_SAVED, "scores", "steps", "member_scores", "generator_state"}
 _TENSORS = (*_SAVED, "base_low", "residual")
+
+
+def ranking(
+    scores: Tensor,  # [n] fp64
+    steps: Tensor,  # [n] int64, as `SearchState.steps`, on any device
+) -> Tensor:
+    """[n] int64, the best first: final scores before early ones, by score, earlier first; -inf last of all."""
+    best = scores.sort(descending=True, stable=True).indices
+    early = (steps > 0).to(scores.device, torch.int8, non_blocking=True)
+    rank = torch.where(scores == -torch.inf, 2, early)
+    return best[rank[best].sort(stable=True).indices]
 
 
 def continued(
@@ -207,17 +235,18 @@ def _check_saved(
     count = scores.numel() if isinstance(scores, Tensor) else 0
     elites = min(k_elites, count // popsize * popsize)
     shapes: dict[str, tuple[int, ...]] = {"scores": (count,), "mean": (size,), "variance": (size,)}
-    shapes |= {"elite_low": (elites, size), "elite_scores": (elites,)}
+    shapes |= {"elite_low": (elites, size), "elite_scores": (elites,), "steps": (count,)}
     for name, shape in shapes.items():
-        value, dtype = state[name], torch.float64 if "scores" in name else torch.float32
+        value = state[name]
+        dtype = torch.int64 if name == "steps" else torch.float64 if "scores" in name else torch.float32
         if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the search state's {name} must be {dtype} of shape {shape}; got {got}")
         possible = ~value.isnan() if "scores" in name else value.isfinite()
-        if not possible.all() or (name == "variance" and (value < 0).any()):
+        if not possible.all() or (name in ("variance", "steps") and (value < 0).any()):
             raise ValueError(f"the search state's {name} holds what no search makes")
     complete = scores[: count // popsize * popsize]
-    if not torch.equal(state["elite_scores"], complete.sort(descending=True, stable=True).values[:elites]):
+    if not torch.equal(state["elite_scores"], complete[ranking(complete, state["steps"][: len(complete)])][:elites]):
         raise ValueError("the search state's elite_scores are not the best of its scores")
     found = state["elite_low"][state["elite_scores"] > -torch.inf]
     if len(found) and not torch.allclose(state["mean"], found.mean(0), rtol=1e-4, atol=1e-4):

@@ -77,6 +77,15 @@ def evolve(objective=None, **arguments):
         (dict(wavelet_name="harr"), "haar"),
         (dict(wavelet_name="morl"), "unknown wavelet 'morl'"),  # continuous: has no lowest band
         (dict(wavelet_name=1), "unknown wavelet 1"),
+        # the strategy
+        (dict(strategy="cma"), "unknown strategy 'cma': known are ses, high_band, random"),
+        (dict(strategy="mirored"), "did you mean 'mirrored'?"),
+        (dict(strategy=None), "unknown strategy None: known are ses"),
+        (dict(strategy="high_band", dwt_level=0), "'high_band' searches a high band, and there is none at dwt_level=0"),
+        (
+            dict(strategy="random", popsize=10**7, generator=torch.Generator()),
+            "popsize=10000000 needs 10240000000 numbers in each generation",
+        ),
         # the noise
         (dict(seed=1.5), "seed must be a whole number, got 1.5"),
         (dict(seed=False), "seed must be a whole number, got False"),
@@ -111,6 +120,7 @@ def test_bad_arguments_of_a_search(arguments, message) -> None:
         (dict(k_elites=3), "k_elites=2"),
         (dict(dwt_level=1), "dwt_level=2"),
         (dict(wavelet_name="db2"), "wavelet_name='db1'"),
+        (dict(strategy="random"), "strategy='ses'"),
         (dict(include_base=True), "include_base=False"),
         (dict(seed=4), "leave out seed= and generator="),
         (dict(generator=torch.Generator()), "leave out seed= and generator="),
@@ -130,6 +140,11 @@ def test_a_state_of_another_search(arguments, message) -> None:
     "change, message",
     [
         pytest.param(lambda d: d.clear(), "not a search state", id="empty"),
+        pytest.param(lambda d: d.pop("steps"), "lacks steps", id="steps are missing"),
+        pytest.param(lambda d: d.pop("strategy"), "lacks strategy", id="the strategy is missing"),
+        pytest.param(lambda d: d.update(strategy="x"), "unknown strategy 'x'", id="another version's strategy"),
+        pytest.param(lambda d: d.update(steps=torch.zeros(1)), "steps must be torch.int64", id="steps in floats"),
+        pytest.param(lambda d: d.update(format=2), "of format 3", id="an older format"),
         pytest.param(lambda d: d.update(format=0), "not a search state", id="another format"),
         pytest.param(lambda d: d.pop("mean"), "lacks mean", id="a tensor is missing"),
         pytest.param(lambda d: d.pop("seed"), "lacks seed", id="a setting is missing"),

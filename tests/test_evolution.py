@@ -338,6 +338,73 @@ def test_a_leader_that_is_the_base_is_a_copy_of_it() -> None:
     assert state.base.any() and torch.equal(leader(state).latents, base(4, 16, 16))
 
 
+# ---------------------------------------------------------------- early scores
+
+
+def test_an_early_score_ranks_and_never_leads() -> None:
+    state = tell(two_numbers(), LOW, torch.tensor([9.0, 1.0]), steps=torch.tensor([4, 0]))
+    assert leader(state, LOW).number == 1
+    state = tell(state, LOW, torch.tensor([8.0]), steps=torch.tensor([2]))
+    assert state.elite_scores.tolist() == [1, 9] and state.elite_low.tolist() == [[3, 4], [1, 0]]
+    assert state.steps.tolist() == [4, 0, 2] and state.history == [9, 1, 8]
+    assert leader(state).number == 1 and leader(state).score == 1
+    # A final score of whatever size takes an early one's place, and not the other way round.
+    state = tell(state, LOW + 10, torch.tensor([-5.0, 99.0, NAN]), steps=torch.tensor([0, 1, 0]))
+    assert state.elite_scores.tolist() == [1, -5] and state.elite_low.tolist() == [[3, 4], [11, 10]]
+    assert state.mean.tolist() == [7, 7] and leader(state).number == 1
+
+
+def test_early_scores_alone_have_no_leader() -> None:
+    state = tell(two_numbers(), LOW, torch.tensor([1.0, 3.0, 2.0]), steps=torch.tensor([4, 1, 4]))
+    assert leader(state) is None and state.elite_scores.tolist() == [3, 2]
+    assert leader(tell(two_numbers(), LOW, torch.tensor([NAN, 3.0]), steps=torch.tensor([0, 1]))) is None
+
+
+def test_final_scores_said_or_not_are_the_same() -> None:
+    one, two = two_numbers(), two_numbers()
+    for scores in ([1.0, NAN, 2.0], [3.0, 1.0, 2.0]):
+        one = tell(one, LOW, torch.tensor(scores))
+        two = tell(two, LOW, torch.tensor(scores), steps=torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(one.mean, two.mean) and torch.equal(one.variance, two.variance)
+    assert one.steps.tolist() == two.steps.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_elites_of_a_race_are_those_of_a_sorted_list(seed: int) -> None:
+    """Many ties, early scores and scores that are not finite, told in pieces, saved on the way."""
+    generator = torch.Generator().manual_seed(seed)
+    config = EvolutionConfig(popsize=6, k_elites=4, dwt_level=1)
+    state, told_of = two_numbers(config), []
+    for _ in range(4):
+        low = torch.randn(6, 2, generator=generator)
+        scores = torch.randint(-2, 3, (6,), generator=generator).double()
+        scores = torch.where(torch.rand(6, generator=generator) < 0.2, NAN, scores)
+        steps = torch.randint(0, 3, (6,), generator=generator)
+        told_of += zip(low.tolist(), scores.tolist(), steps.tolist(), strict=True)
+        for part, its_steps in zip(scores.split(4), steps.split(4), strict=True):
+            state = SearchState.load_state_dict(tell(state, low, part, steps=its_steps).state_dict())
+        finite = [each for each in told_of if each[1] == each[1]]
+        best = sorted(finite, key=lambda each: (each[2] > 0, -each[1]))[:4]
+        used = state.elite_scores > -INF
+        assert state.elite_scores[used].tolist() == [each[1] for each in best]
+        elites = torch.tensor([each[0] for each in best])
+        assert torch.equal(state.elite_low[used], elites)
+        torch.testing.assert_close(state.mean, elites.mean(0), **TOLERANCE[torch.float32])
+        final = [number for number, each in enumerate(told_of) if each[2] == 0 and each[1] == each[1]]
+        lead = leader(state)
+        assert (lead and lead.number) == max(final, key=lambda number: told_of[number][1], default=None)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [torch.tensor([1, 2]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, -1, 0]), torch.zeros(3, 1).long()],
+    ids=["too few", "floats", "below 0", "two dimensions"],
+)
+def test_tell_refuses_other_steps(steps: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="steps must be 3 numbers from 0 on, int64 on the CPU"):
+        tell(two_numbers(), LOW, torch.tensor([1.0, 2.0, 3.0]), steps=steps)
+
+
 def test_no_leader_without_a_finite_score() -> None:
     assert leader(two_numbers()) is None and leader(told(two_numbers(), [NAN, -INF])) is None
 

@@ -28,7 +28,7 @@ IMPORTS = {
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},
-    "evolution": {"checks", "ops", "spectral", "state"},
+    "evolution": {"checks", "ops", "reference", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
     "folder": {"files", "prompts", "result"},
@@ -40,7 +40,7 @@ IMPORTS = {
     "page": {"folder"},
     "pipelines": {
         *("_torchvision", "checks", "cpu", "loop", "objective", "ops"),
-        *("result", "rewards", "scores", "state", "stopwatch"),
+        *("evolution", "result", "rewards", "scores", "spectral", "state", "stopwatch"),
     },
     "prompts": set(),
     "recorder": {"evolution", "objective", "result", "state", "stopwatch"},
@@ -50,7 +50,8 @@ IMPORTS = {
     "rewards": {"_torchvision", "cpu", "ops", "scores"},
     "scores": set(),
     "spectral": {"checks", "ops", "reference"},
-    "state": {"checks", "spectral"},
+    "state": {"checks", "spectral", "strategies"},
+    "strategies": {"ops", "spectral"},
     "stopwatch": set(),
     "_torchvision": set(),
     "errors": set(),
@@ -58,14 +59,19 @@ IMPORTS = {
 # The same inside the room with most guests: a library's adapter stands on top, settings and renderer lowest.
 IN_PIPELINES = {
     "__init__": {"config"},
-    "batching": set(),
+    "batching": {"renderer"},
     "compiling": set(),
     "config": set(),
     "diffsynth": {"compiling", "config", "renderer", "request", "run"},
-    "previews": {"batching", "renderer", "scoring"},
+    "previews": {"batching", "race", "renderer", "scoring"},
+    "race": {"config"},
+    "refining": {"previews"},
     "renderer": set(),
     "request": {"config"},
-    "run": {"batching", "compiling", "previews", "renderer", "request", "scoring"},
+    "run": {
+        *("batching", "compiling", "config", "previews", "race"),
+        *("refining", "renderer", "request", "scoring"),
+    },
     "scoring": set(),
 }
 MOST_LINES = 450  # of a file under ses_fast/

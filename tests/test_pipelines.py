@@ -449,7 +449,7 @@ def test_a_reward_gets_clamped_tensors_and_the_prompt(pipe):
             return images.mean((1, 2, 3)).tolist()
 
     children = set(dict(pipe.named_modules()))
-    config = SESConfig(**QUIET, batch_size=3)
+    config = SESConfig(**QUIET | {"batch_size": 3})
     pipe(**BASE | SES | {"ses_reward_model": Judge()}, ses_eval_budget=5, ses_config=config)
     assert set(dict(pipe.named_modules())) == children  # no new child of the pipeline
     assert [(tuple(images.shape), prompt) for images, prompt in seen] == [

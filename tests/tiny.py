@@ -304,7 +304,7 @@ BASE = {"prompt": "a red fox", "height": 64, "width": 64, "num_inference_steps":
 BASE["progress_bar_cmd"] = lambda steps: steps
 GUIDED = {"cfg_scale": 3.0, "negative_prompt": "blurry and dark"}
 SES = {"enable_ses": True, "ses_reward_model": brightness, "ses_inference_steps": 2}
-QUIET = {"progress": False, "popsize": 4, "k_elites": 2}
+QUIET = {"progress": False, "popsize": 4, "k_elites": 2, "batch_size": 1}
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 HALF = Image.fromarray(np.repeat([[0] * 32 + [255] * 32], 64, 0).astype(np.uint8)).convert("RGB")  # a mask: the right
 # Candidates together against one by one: absolute, on images in [-1, 1].

@@ -1,11 +1,11 @@
-"""The documented call on a library's pipelines: `enable`, `disable` and `SESConfig`."""
+"""The documented call on a library's pipelines: `enable`, `disable`, `SESConfig` and `Preview`."""
 
 from importlib import import_module
 from typing import Any
 
-from .config import SESConfig
+from .config import Preview, SESConfig
 
-__all__ = ["SESConfig", "disable", "enable"]
+__all__ = ["Preview", "SESConfig", "disable", "enable"]
 
 # A library that SES knows -> the module here that adapts it: `FAMILIES`, `family_of`, `enable`, `disable`.
 ADAPTERS = {"DiffSynth-Studio": "diffsynth"}

@@ -1,11 +1,15 @@
 """How many previews go through a stage together, and what happens when memory runs out."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..cpu import fast_linears
+from .renderer import Draft
+
+Rows = TypeVar("Rows", bound=Tensor | Draft)  # of n candidates
 
 PIXELS_ON_CPU = 2**20  # that are decoded together on a CPU, with "auto"
 SHARE_OF_FREE_MEMORY = 0.8  # that a batch may take
@@ -37,12 +41,12 @@ class Batches:
 
     def run(
         self,
-        stage: Callable[[Tensor], Tensor],
-        inputs: Tensor,  # [n, ...]
+        stage: Callable[[Any], Rows],
+        inputs: Tensor | Draft,  # of n candidates
         model: torch.nn.Module,  # whose linear layers the stage runs
-    ) -> Tensor:  # [n, ...]
+    ) -> Rows:
         """`stage` of all inputs, batch after batch. Raises torch.OutOfMemoryError where no smaller batch is left."""
-        done: list[Tensor] = []
+        done: list[Rows] = []
         while len(inputs):
             n = min(self.size or 1, len(inputs))
             rows = self._rows(n)
@@ -53,7 +57,7 @@ class Batches:
             try:
                 # A single preview takes the final image's path, so the two are bit-identical.
                 with fast_linears(model, when=n > 1 and not on_gpu(self.device)):
-                    part = stage(_filled_up(inputs[:n], rows))[:n]
+                    part = _rows(stage(_filled_up(_rows(inputs, slice(n)), rows)), slice(n))
             except torch.OutOfMemoryError:
                 if n > 1 and self.save_memory():
                     part = None
@@ -70,8 +74,8 @@ class Batches:
                 fitting = int(SHARE_OF_FREE_MEMORY * _free_memory(self.device)) // one
                 self.size = min(self.most, max(1, fitting))
             done.append(part)
-            inputs = inputs[n:]
-        return torch.cat(done)
+            inputs = _rows(inputs, slice(n, None))
+        return _joined(done)
 
     def _rows(self, n: int) -> int:
         """How many go through the stage for n inputs."""
@@ -80,21 +84,30 @@ class Batches:
         return max(n, min(self.size or 1, self.most))
 
 
-def first_size(size: int | str, most: int, device: torch.device | str, height: int, width: int) -> int | None:
+def first_size(size: int | str, most: int, device: torch.device | str, pixels: int) -> int | None:
     """The size of the first batch for SESConfig's `batch_size`; None: the first preview runs alone and
     shows how many fit."""
     if isinstance(size, int):
         return size
-    return None if on_gpu(device) else min(most, max(1, PIXELS_ON_CPU // (height * width)))
+    return None if on_gpu(device) else min(most, max(1, PIXELS_ON_CPU // pixels))
 
 
 def on_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def _filled_up(inputs: Tensor, rows: int) -> Tensor:
-    more = rows - len(inputs)
-    return torch.cat([inputs, inputs[-1:].expand(more, *inputs.shape[1:])]) if more > 0 else inputs
+def _rows(inputs: Any, which: slice | Tensor) -> Any:
+    return inputs.rows(which) if isinstance(inputs, Draft) else inputs[which]
+
+
+def _joined(parts: list[Any]) -> Any:
+    return Draft.joined(parts) if isinstance(parts[0], Draft) else torch.cat(parts)
+
+
+def _filled_up(inputs: Rows, rows: int) -> Rows:
+    if rows <= len(inputs):
+        return inputs
+    return _rows(inputs, torch.arange(rows).clamp(max=len(inputs) - 1))
 
 
 def _free_memory(device: torch.device | str) -> int:

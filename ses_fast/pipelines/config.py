@@ -13,10 +13,73 @@ from torch import Tensor
 from .. import ops
 from ..checks import check_base, check_noise, check_options, whole_number
 from ..result import SearchResult
+from ..spectral import is_haar
 from ..state import EvolutionConfig, SearchState, check_state
+
+Race = Sequence[tuple[float, float]]  # (sigma, share) of each rung, both falling
+# Chosen on the scores of FLUX.1-dev's previews that TTSnap's authors published (arXiv 2511.22242; 512 pixels, 20
+# steps), 100 prompts of 200. On the others a race of generations of 10 is worth 1.23 (HPSv2), 1.41 (ImageReward) and
+# 1.30 (PickScore) times its cost, where a decode and a score cost 0.15 forward.
+DEFAULT_RACE: Race = ((0.84, 0.7), (0.77, 0.5), (0.65, 0.25))
 
 # Fields that belong to one call: compared by identity, and printed in a word.
 CARRIED = ("generator", "on_generation", "on_preview", "state", "latents", "report_rewards")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What makes a preview cheap, beside its number of steps. Raises ValueError for impossible values.
+
+    scale: 2 makes previews of half the height and width. Their noise is the candidate's own lowest band of level 1, so
+        that they are searched by the same numbers. Haar, from dwt_level 1 on, even latents.
+    race: stops candidates on their way. (sigma, share) for each rung: at the first step whose forward is made at that
+        noise level or a lower one, the foreseen image (x0) is scored and the best `share` of the generation go on. A
+        stopped one keeps its early score, which is never the best. "auto": DEFAULT_RACE. None: none is stopped.
+    cfg: False leaves classifier-free guidance out of previews, which halves their cost where the call uses it.
+    refine: after the search so many of the best candidates (up to k_elites), and the base, are rendered and scored
+        again as the final image will be, in its steps and size. The answer is the best of these.
+
+    All but `refine` change which candidate wins: `ses-fast calibrate` measures by how much.
+    """
+
+    scale: int = 1
+    race: Race | str | None = None
+    cfg: bool = True
+    refine: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scale not in (1, 2) or isinstance(self.scale, bool):
+            raise ValueError(f"Preview(scale=) must be 1, or 2 for half the height and width; got {self.scale!r}")
+        if not isinstance(self.cfg, bool):
+            raise ValueError(f"Preview(cfg=) must be True or False, got {self.cfg!r}")
+        object.__setattr__(self, "refine", whole_number("Preview(refine=)", self.refine, 0))
+        if self.race not in (None, "auto"):
+            object.__setattr__(self, "race", _checked_race(self.race))
+
+    @property
+    def rungs(self) -> Race:
+        """The race's (sigma, share) pairs; none without a race."""
+        return DEFAULT_RACE if self.race == "auto" else self.race or ()  # type: ignore[return-value]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a preview's score depends on, as JSON."""
+        return {"scale": self.scale, "race": [list(rung) for rung in self.rungs], "cfg": self.cfg}
+
+
+def _checked_race(race: Any) -> tuple[tuple[float, float], ...]:
+    try:
+        rungs = tuple((float(sigma), float(share)) for sigma, share in race)
+        good = all(0 < sigma < 1 and 0 < share < 1 for sigma, share in rungs)
+        falls = all(a > b and p > q for (a, p), (b, q) in zip(rungs, rungs[1:], strict=False))
+    except (TypeError, ValueError):
+        rungs, good, falls = (), False, False
+    if not (rungs and good and falls):
+        raise ValueError(
+            'Preview(race=) must be "auto" or (sigma, share) pairs between 0 and 1, both falling, as '
+            f"{DEFAULT_RACE}; got {race!r}"
+        )
+    return rungs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,16 +89,21 @@ class SESConfig:
     popsize, k_elites, wavelet_name: as in `evolve`.
     dwt_level: a number, or "auto": 4 from 1024 pixels on the shorter side, one less with each halving,
         never below 1; with `state` the state's.
-    batch_size: how many previews are denoised together; they change by rounding only. Where the call's inputs
-        allow no batch they go one by one, with a warning. "auto": on a GPU what fits in its free memory, halved
-        if that runs out; on a CPU up to a million pixels. With "auto", with a sum of rewards, and under VRAM
-        management, scoring, on_preview and time_limit come once a generation.
+    strategy: how the next generation is drawn, as in `evolve`.
+    preview: a `Preview`: what makes previews cheap, and whether the best are scored again in full.
+    batch_size: how many previews are denoised together; they change by rounding only, and with 1 the best preview
+        is the final image bit for bit where their steps agree. Where the call's inputs allow no batch they go one
+        by one. "auto": on a GPU what fits in its free memory, halved if that runs out; on a CPU up to a million
+        pixels. With "auto", a race, a sum of rewards, and under VRAM management, scoring, on_preview and time_limit
+        come once a generation.
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
     generator: a CPU torch.Generator to draw from instead, as in `evolve`.
-    progress, time_limit, on_generation, backend: as in `evolve`; the time to compile counts too.
+    progress, on_generation, backend: as in `evolve`; the time to compile counts too.
+    time_limit: in seconds; with ses_eval_budget=None the search takes so long that the whole call ends by then.
     on_preview: called as on_preview(images, scores, generation, first) with each batch: images (n, 3, H, W)
-        in [-1, 1], the scores as the reward gave them, the first one's number within its generation.
+        in [-1, 1], the scores as the reward gave them, the first one's number within its generation. A callback
+        with a parameter `steps` gets it too: after how many steps each score was made, 0 where it is final.
     state: `pipe.ses_result.state`, or a saved one, to go on from in the same call; ses_eval_budget is then
         the total. Without the call's seed the base noise comes from the state. A state of another prompt, reward,
         preview or class of pipeline is refused. Own functions are told apart by their names, and the pipeline's
@@ -52,7 +120,9 @@ class SESConfig:
     k_elites: int = 5
     wavelet_name: str = "db1"
     dwt_level: int | str = "auto"
-    batch_size: int | str = 1
+    strategy: str = "ses"
+    preview: Preview = Preview()
+    batch_size: int | str = "auto"
     include_base: bool = True
     seed: int | None = None
     generator: torch.Generator | None = None
@@ -73,6 +143,14 @@ class SESConfig:
             raise ValueError(f'batch_size must be a whole number or "auto", got {self.batch_size!r}')
         if not isinstance(self.batch_size, str):
             object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, 1))
+        if not isinstance(self.preview, Preview):
+            raise ValueError(f"preview must be a ses_fast.Preview, got {self.preview!r}")
+        if self.preview.refine > self.k_elites:
+            raise ValueError(f"Preview(refine={self.preview.refine}) scores elites again: k_elites is {self.k_elites}")
+        if self.preview.scale == 2 and (not is_haar(self.wavelet_name) or self.dwt_level == 0):
+            raise ValueError(
+                "Preview(scale=2) is the candidate's lowest Haar band: wavelet_name db1, dwt_level 1 or more"
+            )
         check_noise(self.seed, self.generator)
         for name in ("include_base", "progress"):
             if not isinstance(getattr(self, name), bool):
@@ -124,7 +202,7 @@ class SESConfig:
             level = self.state.config.dwt_level
         if isinstance(level, str):
             level = min(4, max(1, (min(height, width) // 64).bit_length() - 1))
-        return EvolutionConfig(self.popsize, self.k_elites, self.wavelet_name, level)
+        return EvolutionConfig(self.popsize, self.k_elites, self.wavelet_name, level, self.strategy)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SESConfig):

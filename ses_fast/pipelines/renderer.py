@@ -1,18 +1,43 @@
 """What a search needs of a library's pipeline, and nothing more."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 
-class Draft(NamedTuple):
+@dataclass(frozen=True)
+class Draft:
     """Candidates on their way to images."""
 
     latents: Tensor  # [n, ...] in the pipeline's own layout
     step: int  # how many steps are done
     history: tuple[Tensor, ...] = ()  # [n, ...] each: what later steps need beside the latents
+    clean: Tensor | None = None  # [n, ...]: the image's latents as the last step's forward saw them (x0)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, which: slice | Tensor) -> "Draft":
+        """Some of the candidates, in the order named; each keeps its own history."""
+        clean = None if self.clean is None else self.clean[which]
+        return Draft(self.latents[which], self.step, tuple(part[which] for part in self.history), clean)
+
+    @staticmethod
+    def joined(drafts: Sequence["Draft"]) -> "Draft":
+        """The candidates of all, in order; all stand at the same step."""
+        if len(drafts) == 1:
+            return drafts[0]
+        parts = zip(*(draft.history for draft in drafts), strict=True)
+        clean = [draft.clean for draft in drafts if draft.clean is not None]
+        return Draft(
+            torch.cat([draft.latents for draft in drafts]),
+            drafts[0].step,
+            tuple(torch.cat(part) for part in parts),
+            torch.cat(clean) if clean else None,
+        )
 
 
 class Renderer(ABC):
@@ -32,7 +57,7 @@ class Renderer(ABC):
 
     @abstractmethod
     def advance(self, draft: Draft, to: int) -> Draft:
-        """The draft after `to` of the `steps` steps."""
+        """The draft after `to` of the `steps` steps; with `clean`, where that is before the last one."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:  # [n, ...] -> [n, 3, H, W]
@@ -40,6 +65,8 @@ class Renderer(ABC):
 
     # Optional: the defaults suit a library without these limits.
 
+    sigmas: Sequence[float] | None = None  # [steps], the noise level of each step's forward; None: it makes no x0
+    forwards_a_step: int = 1  # of the denoiser for one candidate: 2 with classifier-free guidance
     largest_denoise: int | None = None  # how many may be denoised together; None: as many as memory holds
     largest_decode: int | None = None
     static_shapes: bool = False  # whether a batch of another size costs a compilation

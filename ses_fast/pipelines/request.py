@@ -27,7 +27,7 @@ class Request:
 
     config: SESConfig
     prompt: str
-    budget: int
+    budget: int | None  # None: as many as the time allows
     steps: int  # of a preview
     reward: RewardFunction | None  # None: no search, because the budget is 0 or latents are given
     seed: int | None  # of the call's own noise
@@ -74,7 +74,9 @@ def make_request(
         )
     if config.latents is not None and has_own_noise:
         raise ValueError("give initial_noise= or SESConfig(latents=), not both")
-    budget = whole_number("ses_eval_budget", budget, 0)
+    if budget is None and config.time_limit is None:
+        raise ValueError("ses_eval_budget=None searches for as long as SESConfig(time_limit=) says: give one of them")
+    budget = None if budget is None else whole_number("ses_eval_budget", budget, 0)
     steps = whole_number("ses_inference_steps", steps, 1)
     # Without a seed or a noise of its own the call's noise is not the one that the state was started from.
     from_state = config.state is not None and seed is None and not has_own_noise
@@ -84,7 +86,7 @@ def make_request(
         reward = {known_name(name): weight for name, weight in reward.items()}
     elif isinstance(reward, str):
         reward = known_name(reward)
-    searches = config.latents is None and budget > 0
+    searches = config.latents is None and budget != 0
     base = config.state.base if config.state is not None and from_state else None
     request = Request(
         config=config,
@@ -94,7 +96,8 @@ def make_request(
         reward=None,
         seed=seed,
         search_seed=search_seed,
-        fingerprint={**fingerprint, "prompt": prompt, "reward": reward_name(reward), "ses_inference_steps": steps},
+        fingerprint={**fingerprint, "prompt": prompt, "reward": reward_name(reward), "ses_inference_steps": steps}
+        | {"preview": config.preview.facts},
         latents=base if config.latents is None and not searches else config.latents,
         base=base,
     )
@@ -169,9 +172,9 @@ def _loaded(reward: Any, device: Any) -> RewardFunction:
     return load_reward(reward, device=device)
 
 
-def _check_first_generation(reward: WeightedReward, config: SESConfig, budget: int) -> None:
+def _check_first_generation(reward: WeightedReward, config: SESConfig, budget: int | None) -> None:
     """Raises ValueError where a sum of rewards has no first generation to be standardised by."""
-    if config.state is None and reward.scale is None and min(config.popsize, budget) < 2:
+    if config.state is None and reward.scale is None and min(config.popsize, budget or config.popsize) < 2:
         raise ValueError("a sum of rewards is scaled by the first generation: popsize and ses_eval_budget from 2 on")
 
 

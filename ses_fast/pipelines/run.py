@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,56 +15,71 @@ from ..result import HeldOut, SearchResult
 from ..scores import as_scores
 from .batching import Batches, first_size
 from .compiling import CompileClock
+from .config import Preview
 from .previews import Previews
+from .race import Rung, rungs_of
+from .refining import refine
 from .renderer import Renderer
 from .request import Request
-from .scoring import scoring_of
+from .scoring import Scoring, scoring_of
+
+
+class Found(NamedTuple):
+    """What a search found."""
+
+    result: SearchResult
+    finished: Tensor | None  # [1, ...]: the answer's latents after the final image's steps, where it was refined
 
 
 def search(
     renderer: Renderer,
+    final: Renderer,
     request: Request,
     base: Tensor,  # [1, C, h, w]
     *,
     height: int,
     width: int,
-    final_steps: int,
     clock: CompileClock,
     begin: float,
-) -> SearchResult:
+) -> Found:
     """Searches from `base` for the noise whose preview the request's reward scores highest.
 
-    height, width: the image's, in pixels. begin: when the call began, by `clock`. Whatever is raised carries the result
-    so far as `error.ses_result`.
+    renderer, final: of previews, half as large where the settings say so, and of the final image. height, width: the
+    final image's, in pixels. begin: when the call began, by `clock`. Whatever is raised carries the result so far as
+    `error.ses_result`.
     """
-    config = request.config
+    config, cheap = request.config, request.config.preview
     assert request.reward is not None
-    if request.steps > final_steps:
+    if request.steps > final.steps:
         warn(
             f"ses_inference_steps={request.steps} makes a preview cost more than the final image with its "
-            f"{final_steps} steps: ses_inference_steps={final_steps} is enough"
+            f"{final.steps} steps: ses_inference_steps={final.steps} is enough"
         )
-    evolution = config.evolution(height, width)
-    most = min(evolution.popsize, request.budget)
-    size = first_size(config.batch_size, most, renderer.device, height, width)
-    if renderer.largest_denoise == 1 and size != 1:
+    if renderer.largest_denoise == 1 and config.batch_size not in (1, "auto"):
         warn("the call's inputs or the pipeline's model_fn allow no batch: previews go one by one")
-    batches = functools.partial(Batches, most=most, device=renderer.device, automatic=config.batch_size == "auto")
+    if cheap.scale == 2 and any(side % 2 for side in base.shape[-2:]):
+        raise ValueError(f"Preview(scale=2) needs even latents, this call's are {tuple(base.shape)}: give another size")
+    evolution = config.evolution(height, width)
     scoring = scoring_of(request.reward, request.prompt)
-    whole = config.batch_size == "auto" or renderer.models_take_turns or scoring.whole_generations
-    previews = Previews(
+    pixels = height * width
+    previews = _previews(
         renderer,
+        request,
         scoring,
-        denoising=batches(
-            renderer.largest_denoise or size, filled=renderer.static_shapes, save_memory=renderer.save_memory
-        ),
-        decoding=batches(renderer.largest_decode or size),
-        together=None if whole else int(config.batch_size),
-        fingerprint=request.fingerprint,
-        on_preview=config.on_preview,
+        most=evolution.popsize if request.budget is None else min(evolution.popsize, request.budget),
+        pixels=pixels // cheap.scale**2,
         clock=clock,
+        on_preview=config.on_preview,
+        scale=cheap.scale,
+        rungs=_rungs(renderer, cheap),
+        include_base=config.include_base,
+    )
+    full = _previews(
+        renderer=final, request=request, scoring=scoring, most=cheap.refine + 1, pixels=pixels, clock=clock
     )
     prompt_seconds, compiled_before = clock() - begin, clock.compiling
+    if request.budget is None:
+        previews.afterwards = lambda: prompt_seconds + _final_seconds(previews, final, cheap.refine)
     result, request.begun = None, True
     try:
         result = evolve(
@@ -75,6 +90,7 @@ def search(
             evolution.k_elites,
             evolution.wavelet_name,
             evolution.dwt_level,
+            strategy=evolution.strategy,
             seed=request.search_seed,
             generator=config.generator,
             include_base=config.include_base,
@@ -84,8 +100,13 @@ def search(
             state=config.state,
             backend=config.backend,
         )
-        return result
+        if not cheap.refine:
+            return Found(result, None)
+        result, finished = refine(result, full, cheap.refine, backend=config.backend)
+        return Found(result, finished)
     except BaseException as error:
+        if result is not None:  # it was found, and refining it failed
+            object.__setattr__(error, "ses_result", result)
         result = getattr(error, "ses_result", None)
         raise
     finally:
@@ -95,7 +116,58 @@ def search(
             rest = seconds.pop("objective") - sum(spent.values()) - (clock.compiling - compiled_before)
             seconds["other"] += rest
             seconds.update(prompt=prompt_seconds, compile=clock.compiling, **spent)
+            result.forwards["preview"] = previews.forwards
+            if cheap.refine:
+                seconds["refine"], result.forwards["refine"] = sum(full.stopwatch.seconds.values()), full.forwards
             seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+
+
+def _previews(
+    renderer: Renderer,
+    request: Request,
+    scoring: Scoring,
+    *,
+    most: int,
+    pixels: int,
+    clock: CompileClock,
+    **settings: Any,
+) -> Previews:
+    """The images of `renderer`, of so many `pixels`, in batches of up to `most`."""
+    size = first_size(request.config.batch_size, most, renderer.device, pixels)
+    automatic = request.config.batch_size == "auto"
+    batches = functools.partial(Batches, most=most, device=renderer.device, automatic=automatic)
+    whole = automatic or renderer.models_take_turns or scoring.whole_generations
+    return Previews(
+        renderer,
+        scoring,
+        denoising=batches(
+            renderer.largest_denoise or size, filled=renderer.static_shapes, save_memory=renderer.save_memory
+        ),
+        decoding=batches(renderer.largest_decode or size),
+        together=None if whole else int(request.config.batch_size),
+        fingerprint=request.fingerprint,
+        clock=clock,
+        **settings,
+    )
+
+
+def _rungs(renderer: Renderer, cheap: Preview) -> list[Rung]:
+    if not cheap.rungs:
+        return []
+    if renderer.sigmas is None:
+        raise ValueError(
+            "Preview(race=) looks at images on their way, and this pipeline or its scheduler shows none: leave race out"
+        )
+    return rungs_of(cheap.rungs, renderer.sigmas)
+
+
+def _final_seconds(previews: Previews, final: Renderer, refine: int) -> float:
+    """How long the final image will take, with those of `refine`, judged by what the previews took."""
+    seconds, images = previews.stopwatch.seconds, refine + 1
+    forwards = images * final.steps * final.forwards_a_step
+    larger = previews.scale**2
+    denoise = forwards * seconds["denoise"] / max(1, previews.forwards)
+    return larger * (denoise + images * seconds["decode"] / max(1, previews.looks))
 
 
 def answer(

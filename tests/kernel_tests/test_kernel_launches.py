@@ -10,6 +10,7 @@ from kernel_device import noise
 from ses_fast import ops, reference
 from ses_fast.evolution import EvolutionConfig, ask, start, tell
 from ses_fast.loop import evolve
+from ses_fast.strategies import STRATEGIES
 
 pytestmark = pytest.mark.gpu
 
@@ -136,15 +137,19 @@ def test_compile_has_no_graph_break(monkeypatch):
             torch.testing.assert_close(got, want, **TOLERANCE[got.dtype])
 
 
-def test_a_search_without_synchronisation():
+@pytest.mark.parametrize("raced", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_without_synchronisation(strategy, raced):
     """ask and tell with scores on the device: CUDA itself raises where the host would wait."""
     base, target = noise(1, 16, 128, 128, dtype=torch.bfloat16), noise(16, 128, 128, seed=1)
 
     def generation(state, backend):
         candidates, low = ask(state, backend=backend)
-        return tell(state, low, -(candidates.float() - target).square().mean((1, 2, 3)), backend=backend)
+        scores = -(candidates.float() - target).square().mean((1, 2, 3))
+        return tell(state, low, scores, steps=torch.tensor([0, 4] * 5) if raced else None, backend=backend)
 
-    state, plain = (start(base, EvolutionConfig(), seed=1, backend=backend) for backend in ("triton", "torch"))
+    config = EvolutionConfig(strategy=strategy)
+    state, plain = (start(base, config, seed=1, backend=backend) for backend in ("triton", "torch"))
     generation(generation(state, "triton"), "triton")  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -7,7 +7,7 @@ So the prompt is encoded once, and the final image comes from the stock code. Im
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,29 +80,36 @@ class SESPipeline:
             device=self.device,
         )
         self.ses_result = None  # an earlier call's is not this one's, which is accepted
-        if "seed" in bound.arguments:
-            bound.arguments["seed"] = request.seed
-            args, kwargs = bound.args, bound.kwargs
-        else:
-            kwargs["seed"] = request.seed
+        bound = _with(bound, {"seed": request.seed})
         if request.reward is None and request.latents is None:
-            return call(*args, **kwargs)
+            return call(*bound.args, **bound.kwargs)
 
         with CompileClock(self.device) as clock:
             try:
-                return self._ses_image(unit, request, clock, functools.partial(call, *args, **kwargs))
+                return self._ses_image(unit, request, clock, call, bound)
             except BaseException as error:
                 if request.begun:
                     self.ses_result = getattr(error, "ses_result", self.ses_result)
                 self._ses_tidy(error, given)
                 raise
 
-    def _ses_image(self: Any, unit: SESUnit, request: Request, clock: CompileClock, call: Callable[[], Any]) -> Any:
+    def _ses_image(
+        self: Any,
+        unit: SESUnit,
+        request: Request,
+        clock: CompileClock,
+        stock: Callable[..., Any],
+        bound: inspect.BoundArguments,
+    ) -> Any:
         """The image of the stock call with the request's noise; leaves the result at ses_result."""
+
+        def call(**others: Any) -> Any:
+            given = _with(bound, others)
+            return stock(*given.args, **given.kwargs)
 
         def render(request: Request, begin: float) -> tuple[Any, SearchResult | None]:
             schedule = Schedule(self.scheduler, request.steps, makes_previews=request.latents is None)
-            with unit.asked(Call(request, schedule, clock, begin)), schedule:
+            with unit.asked(Call(request, schedule, clock, begin, call)), schedule:
                 image = call()
             if not request.answered:
                 raise ValueError(
@@ -173,6 +180,15 @@ def _stock_units(pipe: Any) -> list[Any]:
 
 def _remake(stock: Any) -> Any:
     return object.__new__(enabled_class(stock))
+
+
+def _with(bound: inspect.BoundArguments, others: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The same call with some arguments replaced, by name, or added."""
+    named = {name: value for name, value in others.items() if name in bound.arguments}
+    arguments: Any = {**bound.arguments, **named}
+    given = inspect.BoundArguments(bound.signature, arguments)
+    rest = {name: value for name, value in others.items() if name not in named}
+    return bound.signature.bind(*given.args, **given.kwargs | rest)
 
 
 def _facts_of(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class Family:
         """The call's inputs, without what only the final image may have."""
         return shared
 
+    def begun(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """The inputs for a new image: what counts its steps begins anew."""
+        return shared
+
     def model_fn_together(self, pipe: Any, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
         """`forward_together`; None where model_fn is wrapped or takes an input that is made for one image."""
         given = {name for name in self.takes if inputs.get(name) is not None and inputs[name] is not False}

@@ -1,5 +1,6 @@
 """FLUX.1: how several candidates go through the DiT at once, and what only the final image may have."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -26,6 +27,9 @@ class Flux(SESUnit, PipelineUnit):
 
     def for_previews(self, shared: dict[str, Any]) -> dict[str, Any]:
         return shared | {"tea_cache": None}  # it counts the steps of one image, and skips some
+
+    def begun(self, shared: dict[str, Any]) -> dict[str, Any]:
+        return shared | {"tea_cache": copy.deepcopy(shared.get("tea_cache"))}
 
     def forward_together(
         self,

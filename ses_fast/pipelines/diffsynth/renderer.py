@@ -1,37 +1,44 @@
 """Previews through a DiffSynth pipeline's own functions, from what its units made of the call."""
 
+import copy
+import functools
 from typing import Any
 
 import torch
+from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from torch import Tensor
 
 from ..compiling import compilation
 from ..renderer import Draft, Renderer
 from .family import Family
-from .schedule import Schedule
 
 ONE_SIDED_LORAS = ("positive_only_lora", "negative_only_lora")  # what the units make of a call's LoRAs
 
 
 class PipelineRenderer(Renderer):
-    """The renderer of a call: `shared`, `posi` and `nega` are what the units before it made."""
+    """The renderer of a call: `shared`, `posi` and `nega` are what the units before it made.
+
+    scheduler: with its timesteps set. input_latents: of an input image, to be noised.
+    """
 
     def __init__(
         self,
         family: Family,
         pipe: Any,
-        schedule: Schedule,
-        steps: int,
+        scheduler: Any,
         shared: dict[str, Any],
         posi: dict[str, Any],
         nega: dict[str, Any],
+        input_latents: Tensor | None = None,
     ) -> None:
-        self.family, self.pipe, self.steps = family, pipe, steps
+        self.family, self.pipe, self.steps = family, pipe, len(scheduler.timesteps)
         self.model, self.device, self.models_take_turns = pipe, pipe.device, pipe.vram_management_enabled
-        self.scheduler, self.input_latents = schedule.preview_scheduler, schedule.input_latents
-        # A ControlNet's start and end are shares of the steps.
-        self.shared = family.for_previews(shared) | {"num_inference_steps": steps}
+        self.scheduler, self.input_latents = scheduler, input_latents
+        self.to_clean = _to_clean(scheduler)
+        self.sigmas = None if self.to_clean is None else scheduler.sigmas[: self.steps].tolist()
+        self.shared = shared | {"num_inference_steps": self.steps}  # a ControlNet's start and end are shares of them
         self.posi, self.nega = posi, nega
+        self.forwards_a_step = 1 if shared["cfg_scale"] == 1 else 2
         given = [part.items() for part in (self.shared, posi, nega)]
         inputs = {name: value for items in given for name, value in items if value is not None}
         self.model_fn = family.model_fn_together(pipe, inputs)
@@ -50,18 +57,21 @@ class PipelineRenderer(Renderer):
         return had_both
 
     def begin(self, noises: Tensor) -> Draft:
+        self.shared = self.family.begun(self.shared)
         noise = self.family.pack(noises)
         return Draft(first_latents(self.scheduler, noise, self.input_latents), 0, (noise,))
 
     def advance(self, draft: Draft, to: int) -> Draft:
         pipe = self.pipe
         (noise,) = draft.history
-        inputs = {**self.shared, "noise": noise, "latents": draft.latents}
+        inputs, clean = {**self.shared, "noise": noise, "latents": draft.latents}, None
         for step in range(draft.step, to):
             timestep = self.scheduler.timesteps[step][None].to(pipe.device, pipe.torch_dtype)
             predicted = self._predict(inputs, timestep=timestep, progress_id=step)
+            if step + 1 == to < self.steps and self.to_clean is not None:
+                clean = pipe.step(self.to_clean, progress_id=step, noise_pred=predicted, **inputs)
             inputs["latents"] = pipe.step(self.scheduler, progress_id=step, noise_pred=predicted, **inputs)
-        return draft._replace(latents=inputs["latents"], step=to)
+        return Draft(inputs["latents"], to, draft.history, clean)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.family.decode(self.pipe, latents, self.shared)
@@ -103,6 +113,15 @@ class PipelineRenderer(Renderer):
         twice = {**self.posi, **inputs, **self.both, **others, "latents": torch.cat([latents, latents])}
         posi, nega = self.model_fn(**twice).chunk(2)
         return nega + scale * (posi - nega)
+
+
+def _to_clean(scheduler: Any) -> Any:
+    """A scheduler whose step goes all the way to the clean image; None where this one has no such step of its own."""
+    if type(scheduler) is not FlowMatchScheduler or "step" in vars(scheduler):
+        return None
+    clean = copy.copy(scheduler)
+    clean.step = functools.partial(scheduler.step, to_final=True)
+    return clean
 
 
 def first_latents(

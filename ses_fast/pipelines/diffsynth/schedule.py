@@ -20,6 +20,7 @@ class Schedule:
         self.scheduler, self.steps, self.makes_previews = scheduler, steps, makes_previews
         self.final_steps = 0  # what the call gave set_timesteps
         self.preview_scheduler: Any = None  # a scheduler
+        self.all_timesteps: Tensor | None = None  # the scheduler's, where `skip_denoising` took them away
         self.input_latents: Tensor | None = None  # what it gave add_noise; FLUX.1 hands it to no later unit
 
     def __enter__(self) -> Self:
@@ -29,10 +30,17 @@ class Schedule:
     def __exit__(self, *_: object) -> None:
         vars(self.scheduler).pop("set_timesteps", None)
         self.forget_add_noise()
+        if self.all_timesteps is not None:
+            self.scheduler.timesteps = self.all_timesteps
 
     def forget_add_noise(self) -> None:
         """The scheduler's own add_noise again: it is called in the units before ours, or never."""
         vars(self.scheduler).pop("add_noise", None)
+
+    def skip_denoising(self) -> None:
+        """The call is left with no step to do, and decodes the latents that it has."""
+        self.all_timesteps = self.scheduler.timesteps
+        self.scheduler.timesteps = self.all_timesteps[:0]
 
     def _set_timesteps(self, num_inference_steps: int, **others: Any) -> None:
         del self.scheduler.set_timesteps

@@ -1,6 +1,7 @@
 """The unit that an enabled pipeline of DiffSynth has last: it answers the call's request with a better noise."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,15 @@ class Call:
     schedule: Schedule
     clock: CompileClock
     begin: float  # when it began, by the clock
+    again: Callable[..., Any]  # the stock call, with another height and width
+
+
+class _UnitsDone(Exception):
+    """Ends a call whose units were all that was wanted."""
+
+    def __init__(self, *inputs: dict[str, Any]) -> None:
+        super().__init__("the units are done")
+        self.inputs = inputs
 
 
 class SESUnit(Family):
@@ -34,6 +44,7 @@ class SESUnit(Family):
     """
 
     call: Call | None = None
+    stops: bool = False  # whether the call that runs is ended here, by _UnitsDone
 
     def __init__(self) -> None:
         super().__init__(  # type: ignore[call-arg]
@@ -85,6 +96,8 @@ class SESUnit(Family):
         inputs_nega: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Answers the request, if there is one: puts the best noise and its latents in place."""
+        if self.stops:
+            raise _UnitsDone(inputs_shared, inputs_posi, inputs_nega)
         call = self.call
         if call is None:
             return inputs_shared, inputs_posi, inputs_nega
@@ -95,23 +108,26 @@ class SESUnit(Family):
                 "returns. Enable a pipeline whose call makes one image"
             )
         schedule.forget_add_noise()
+        finished: Tensor | None = None
         base = self.unpack(inputs_shared["noise"], inputs_shared)
         if request.latents is not None:
             best = _given_noise(request.latents, base)
         else:
             if request.base is not None:
                 base = _given_noise(request.base, base)
-            renderer = PipelineRenderer(self, pipe, schedule, request.steps, inputs_shared, inputs_posi, inputs_nega)
+            sides = (inputs_posi, inputs_nega)
             before = dict(vars(pipe.scheduler))
             self.call = None  # a callback may call the pipeline, and its calls are not this one
             try:
-                pipe.ses_result = run.search(
+                final = PipelineRenderer(self, pipe, pipe.scheduler, inputs_shared, *sides, schedule.input_latents)
+                renderer = self._of_previews(pipe, call, inputs_shared, *sides)
+                found = run.search(
                     renderer,
+                    final,
                     request,
                     base,
                     height=inputs_shared["height"],
                     width=inputs_shared["width"],
-                    final_steps=schedule.final_steps,
                     clock=call.clock,
                     begin=call.begin,
                 )
@@ -119,14 +135,52 @@ class SESUnit(Family):
                 vars(pipe.scheduler).clear()
                 vars(pipe.scheduler).update(before)
                 self.call = call
-            best = pipe.ses_result.latents
+            pipe.ses_result, finished = found
+            assert found.result.latents is not None  # the search raises where no score is finite
+            best = found.result.latents
         request.answered = True
         noise = self.pack(best)
-        inputs_shared |= {
-            "noise": noise,
-            "latents": first_latents(pipe.scheduler, noise, schedule.input_latents),
-        }
+        if finished is not None:
+            schedule.skip_denoising()
+        latents = first_latents(pipe.scheduler, noise, schedule.input_latents) if finished is None else finished
+        inputs_shared |= {"noise": noise, "latents": latents}
         return inputs_shared, inputs_posi, inputs_nega
+
+    def _of_previews(
+        self,
+        pipe: Any,
+        call: Call,
+        shared: dict[str, Any],
+        posi: dict[str, Any],
+        nega: dict[str, Any],
+    ) -> PipelineRenderer:
+        """The renderer of previews; where they are smaller, by what the pipeline's own units make for that size."""
+        schedule, cheap = call.schedule, call.request.config.preview
+        if cheap.scale != 1:
+            schedule = Schedule(pipe.scheduler, call.request.steps, makes_previews=True)
+            height, width = (shared[name] // cheap.scale for name in ("height", "width"))
+            shared, posi, nega = self._units_alone(
+                pipe, schedule, functools.partial(call.again, height=height, width=width)
+            )
+            if (shared["height"], shared["width"]) != (height, width):
+                raise ValueError(
+                    f"Preview(scale=2) needs a size whose half the pipeline draws too; it makes {height}x{width} "
+                    f"{shared['height']}x{shared['width']}"
+                )
+        shared = self.for_previews(shared) | ({} if cheap.cfg else {"cfg_scale": 1})
+        return PipelineRenderer(self, pipe, schedule.preview_scheduler, shared, posi, nega, schedule.input_latents)
+
+    def _units_alone(self, pipe: Any, schedule: Schedule, stock: Callable[[], Any]) -> tuple[dict[str, Any], ...]:
+        """What the units before this one make of a stock call, which then ends."""
+        self.stops = True
+        try:
+            with schedule:
+                stock()
+        except _UnitsDone as done:
+            return done.inputs
+        finally:
+            self.stops = False
+        raise ValueError(f"the call of {type(pipe).__name__} does not run pipe.units: leave Preview(scale=) out")
 
 
 def _given_noise(

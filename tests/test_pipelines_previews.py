@@ -1,0 +1,307 @@
+"""Cheap previews: a race, half the size, no guidance, and the best ones scored again in full."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from tiny import BASE, GUIDED, MAKE, QUIET, SES, Seen, brightness, pixels, search, tiny_flux, tiny_z_image
+
+import ses_fast
+from ses_fast import Preview, SearchResult, SESConfig
+from ses_fast.evolution import ask, start
+from ses_fast.pipelines.config import DEFAULT_RACE
+from ses_fast.pipelines.race import Rung, rungs_of, who_goes_on
+
+FOUR = {"num_inference_steps": 4, "ses_inference_steps": 4}
+RACE = Preview(race=((0.95, 0.5), (0.7, 0.25)))
+CHEAP = {
+    "a race": RACE,
+    "half the size": Preview(scale=2),
+    "refined": Preview(refine=2),
+    "all": Preview(scale=2, race=RACE.race, cfg=False, refine=2),
+}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def family(request):
+    return ses_fast.enable(MAKE[request.param]())
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ses_fast.enable(tiny_z_image())
+
+
+def stock_image(pipe, latents, **call):
+    """The enabled pipeline's image of a noise, without a search."""
+    config = SESConfig(latents=latents, progress=False)
+    return pipe(**BASE | SES | call, ses_config=config)
+
+
+def generation(pipe, strategy="ses", **config):
+    """A search's first candidates."""
+    seen = []
+    search(pipe, 4, FOUR, strategy=strategy, on_preview=lambda images, *_: seen.extend(images), **config)
+    return seen
+
+
+# ---------------------------------------------------------------- a race
+
+
+def test_rungs_are_the_first_steps_at_their_sigma():
+    sigmas = [1.0, 0.9, 0.75, 0.5]
+    assert rungs_of(((0.9, 0.5), (0.6, 0.25)), sigmas) == [Rung(2, 0.5)]  # the last step is the image itself
+    assert rungs_of(((0.8, 0.5), (0.75, 0.3)), sigmas) == [Rung(3, 0.3)]  # of two at one step the stricter
+    assert rungs_of(((0.4, 0.5),), sigmas) == []
+    twenty = torch.linspace(1, 1 / 20, 20)
+    flux = (1.878 * twenty / (1 + 0.878 * twenty)).tolist()  # FLUX.1 at 512 pixels
+    assert [rung.step for rung in rungs_of(DEFAULT_RACE, flux)] == [7, 9, 12]
+
+
+def test_the_better_share_goes_on_and_the_earlier_of_equals():
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([1.0, nan, 3.0, 3.0, -inf, 2.0])
+    assert who_goes_on(scores, 0.5, 6).tolist() == [2, 3, 5]
+    assert who_goes_on(scores, 1 / 6, 6).tolist() == [2]
+    assert who_goes_on(scores, 0.01, 6).tolist() == [2]  # never none
+    assert who_goes_on(scores, 0.5, 6, keep_first=True).tolist() == [0, 2, 3, 5]
+    assert who_goes_on(torch.zeros(10), 0.7, 10).tolist() == list(range(7))  # not 8, as 0.7 * 10 in floats might say
+
+
+def test_a_race_stops_the_worse_and_keeps_the_survivors_exact(family):
+    _, plain, every = search(family, 4, FOUR)
+    _, result, seen = search(family, 4, FOUR, preview=RACE)
+    stopped = [one.steps for one in result.trace]
+    assert 1 <= stopped.count(None) < 4 and stopped[0] is None  # some, and always the base
+    for one, same, image, other in zip(result.trace, plain.trace, seen.images, every.images, strict=True):
+        if one.steps is None:
+            assert one.score == same.score and torch.equal(image, other)
+        else:
+            assert one.score != same.score and not torch.equal(image, other)
+    assert result.forwards["preview"] < plain.forwards["preview"] == 16
+    assert result.best.steps is None
+
+
+def test_an_early_image_is_what_the_denoiser_foresees(pipe):
+    """Of a straight path every early image is the final one: x0 = x - sigma v is exact there."""
+    search(pipe, 4, FOUR)
+    finals, stock = pipe.ses_result, pipe.model_fn
+    target = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(9))
+
+    def straight(latents, timestep, **_):
+        return (latents - target) / (timestep / 1000)
+
+    try:
+        pipe.model_fn = straight
+        _, result, seen = search(pipe, 4, FOUR, preview=RACE)
+    finally:
+        pipe.model_fn = stock
+    assert {one.steps for one in result.trace} != {None} and finals is not result
+    for image in seen.images:
+        torch.testing.assert_close(image, seen.images[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, "auto"])
+def test_no_batch_changes_who_is_stopped(pipe, batch_size):
+    _, one, _ = search(pipe, 11, FOUR, preview=RACE)
+    _, many, _ = search(pipe, 11, FOUR, preview=RACE, batch_size=batch_size)
+    assert [e.steps for e in one.trace] == [e.steps for e in many.trace]
+    torch.testing.assert_close(many.state.scores, one.state.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(many.latents, one.latents, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_search_of_cheap_previews_goes_on_from_its_state(pipe, name, tmp_path):
+    call = FOUR | (GUIDED if not CHEAP[name].cfg else {})
+    whole, result, _ = search(pipe, 8, call, preview=CHEAP[name], dwt_level=1)
+    search(pipe, 4, call, preview=CHEAP[name], dwt_level=1)
+    pipe.ses_result.save(tmp_path / "half")
+    state = SearchResult.load(tmp_path / "half").state
+    image, again, _ = search(pipe, 8, call, preview=CHEAP[name], dwt_level=1, state=state)
+    assert again.trace == result.trace and again.refined == result.refined
+    assert torch.equal(again.latents, result.latents) and (pixels(image) == pixels(whole)).all()
+    again.save(tmp_path / "whole")
+    kept = SearchResult.load(tmp_path / "whole")
+    assert kept.trace == result.trace and kept.refined == result.refined and kept.best == result.best
+    assert kept.score == result.score and kept.base_score == result.base_score and kept.forwards == again.forwards
+    other = dataclasses.replace(CHEAP[name], scale=3 - CHEAP[name].scale)
+    with pytest.raises(ValueError, match="its scale was"):
+        search(pipe, 12, call, preview=other, dwt_level=1, state=state)
+
+
+def test_a_callback_is_told_how_far_each_candidate_came(pipe):
+    told = []
+    search(pipe, 4, FOUR, preview=RACE, on_preview=lambda images, scores, generation, first, steps: told.append(steps))
+    search(pipe, 4, FOUR, on_preview=lambda *given, steps=None: told.append(steps))
+    assert told[0].tolist() == [one.steps or 0 for one in pipe_trace(told, pipe)] and len(told[0]) == 4
+    assert [steps.tolist() for steps in told[1:]] == [[0]] * 4
+
+
+def pipe_trace(told, pipe):
+    _, result, _ = search(pipe, 4, FOUR, preview=RACE)
+    return result.trace
+
+
+def test_a_weighed_race_ranks_by_the_sum(pipe):
+    from ses_fast.rewards.weighted import WeightedReward
+
+    contrast = lambda images, prompt: images.float().std((1, 2, 3))  # noqa: E731
+    reward = WeightedReward({"light": brightness, "contrast": contrast}, {"light": 1.0, "contrast": 0.5})
+    _, result, _ = search(pipe, 8, FOUR | {"ses_reward_model": reward}, preview=RACE)
+    assert {one.steps for one in result.trace} > {None}
+    assert all(set(one.members) == {"light", "contrast"} for one in result.trace)
+
+
+def test_a_race_needs_a_scheduler_of_the_librarys_own(pipe):
+    stock = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **others: stock(*args, **others)
+    try:
+        with pytest.raises(ValueError, match="leave race out"):
+            search(pipe, 4, FOUR, preview=RACE)
+    finally:
+        del pipe.scheduler.step
+
+
+# ---------------------------------------------------------------- half the size
+
+
+def test_half_the_size_draws_the_candidates_own_low_band(family):
+    _, plain, _ = search(family, 3, FOUR, dwt_level=1, popsize=3)
+    _, result, seen = search(family, 3, FOUR, dwt_level=1, popsize=3, preview=Preview(scale=2))
+    assert [tuple(image.shape[-2:]) for image in seen.images] == [(32, 32)] * 3
+    state = result.state
+    candidates, _ = ask(start(state.base, state.config, seed=state.seed, include_base=True))
+    half = ses_fast.ops.split_low_band(candidates, 1)[0]
+    call = BASE | {"height": 32, "width": 32} | FOUR
+    for noise, image in zip(half.split(1), seen.images, strict=True):
+        expected = family(**call | SES, ses_config=SESConfig(latents=noise.to(state.base.dtype), progress=False))
+        got = ((image + 1) * 127.5).clip(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        assert abs(pixels(expected) - got.astype(int)).max() <= 1
+    assert plain.latents.shape == result.latents.shape
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"wavelet_name": "db2"}, "lowest Haar band"),
+        ({"dwt_level": 0}, "lowest Haar band"),
+    ],
+)
+def test_half_the_size_needs_haar(config, message):
+    with pytest.raises(ValueError, match=message):
+        SESConfig(preview=Preview(scale=2), **config)
+
+
+def test_half_the_size_leaves_the_pipeline_as_it_was(pipe):
+    scheduler = {**vars(pipe.scheduler)}
+    before = pipe(**BASE)
+    search(pipe, 4, FOUR, dwt_level=1, preview=Preview(scale=2, refine=1))
+    assert (pixels(pipe(**BASE)) == pixels(before)).all()
+    assert vars(pipe.scheduler).keys() == scheduler.keys()
+
+
+# ---------------------------------------------------------------- refined
+
+
+def test_the_answer_is_the_best_final_image_and_not_made_twice(family):
+    call = {"num_inference_steps": 4, "ses_inference_steps": 2}
+    image, result, _ = search(family, 6, call, preview=Preview(refine=2))
+    assert len(result.refined) in (2, 3) and (0, 0) in [(one.generation, one.index) for one in result.refined]
+    assert result.score == max(one.score for one in result.refined) and result.forwards["refine"] == 4 * len(
+        result.refined
+    )
+    assert result.score >= result.base_score
+    again = stock_image(family, result.latents, num_inference_steps=4)
+    assert (pixels(again) == pixels(image)).all()
+    full = (torch.from_numpy(pixels(image)).float() + 0.5) / 127.5 - 1
+    assert abs(full.mean().item() - result.score) < 0.01
+
+
+def test_refine_cannot_be_more_than_the_elites():
+    with pytest.raises(ValueError, match="k_elites is 2"):
+        SESConfig(k_elites=2, preview=Preview(refine=3))
+
+
+def test_a_refinement_that_fails_keeps_the_search(pipe):
+    calls = itertools.count()
+
+    def fails(images, prompt):
+        if next(calls) >= 4:
+            raise ArithmeticError("no more")
+        return brightness(images, prompt)
+
+    with pytest.raises(ArithmeticError) as caught:
+        search(pipe, 4, FOUR | {"ses_reward_model": fails}, preview=Preview(refine=1))
+    assert caught.value.ses_result.evaluations == pipe.ses_result.evaluations == 4
+    assert (pixels(pipe(**BASE)) == pixels(pipe(**BASE))).all() and len(pipe.scheduler.timesteps) == 2
+
+
+# ---------------------------------------------------------------- guidance, caches, time
+
+
+def test_previews_without_guidance_cost_half(pipe):
+    _, guided, _ = search(pipe, 4, FOUR | GUIDED)
+    _, free, seen = search(pipe, 4, FOUR | GUIDED, preview=Preview(cfg=False))
+    _, plain, unguided = search(pipe, 4, FOUR)
+    assert guided.forwards["preview"] == 2 * free.forwards["preview"]
+    assert all(torch.equal(a, b) for a, b in zip(seen.images, unguided.images, strict=True))
+
+
+@pytest.mark.parametrize("preview", [Preview(refine=2), dataclasses.replace(RACE, refine=2)])
+def test_a_cache_that_the_user_turned_on_leaks_into_no_candidate(preview):
+    pipe = ses_fast.enable(tiny_flux())
+    cached = {"num_inference_steps": 4, "ses_inference_steps": 4, "tea_cache_l1_thresh": 0.5}
+    image, result, _ = search(pipe, 6, cached, preview=preview)
+    alone = stock_image(pipe, result.latents, num_inference_steps=4, tea_cache_l1_thresh=0.5)
+    assert (pixels(alone) == pixels(image)).all()
+    _, plain, _ = search(pipe, 6, FOUR, preview=dataclasses.replace(preview, refine=0))
+    assert [one.score for one in plain.trace] == [one.score for one in result.trace]
+
+
+def test_a_search_may_be_given_time_in_place_of_a_budget(pipe):
+    _, result, _ = search(pipe, None, FOUR, time_limit=0.5)
+    assert result.stopped == "time_limit" and result.evaluations >= 4 and result.seconds["total"] < 1.5
+    _, again, _ = search(pipe, result.evaluations, FOUR)
+    assert again.trace == result.trace and torch.equal(again.latents, result.latents)
+    with pytest.raises(ValueError, match="give one of them"):
+        search(pipe, None, FOUR)
+
+
+def test_time_is_left_for_the_final_image(pipe):
+    previews = 0.4
+    _, short, _ = search(pipe, None, FOUR | {"num_inference_steps": 200}, time_limit=previews)
+    _, long, _ = search(pipe, None, FOUR, time_limit=previews)
+    assert short.evaluations < long.evaluations
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"scale": 4}, "must be 1, or 2"),
+        ({"scale": True}, "must be 1, or 2"),
+        ({"race": "fast"}, "both falling"),
+        ({"race": ((0.5, 0.5), (0.7, 0.3))}, "both falling"),
+        ({"race": ((0.7, 0.3), (0.5, 0.5))}, "both falling"),
+        ({"race": ((1.0, 0.3),)}, "both falling"),
+        ({"race": ()}, "both falling"),
+        ({"race": 3}, "both falling"),
+        ({"cfg": 1}, "must be True or False"),
+        ({"refine": -1}, "refine"),
+        ({"refine": 1.5}, "refine"),
+    ],
+)
+def test_impossible_previews_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Preview(**settings)
+
+
+def test_the_documented_call_batches_by_itself(pipe):
+    seen = Seen()
+    config = SESConfig(progress=False, popsize=4, k_elites=2, on_preview=seen)
+    pipe(**BASE | SES | FOUR, ses_eval_budget=4, ses_config=config)
+    assert config.batch_size == "auto" and seen.numbers == [(0, 0, 4)]
+    assert QUIET["batch_size"] == 1  # what the other tests look at
