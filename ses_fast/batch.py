@@ -221,6 +221,7 @@ class _Work:
             },
             evaluations=found.evaluations,
             scores=[_number(evaluation.score) for evaluation in found.trace],
+            early=[number for number, evaluation in enumerate(found.trace) if evaluation.steps is not None],
             seconds=seconds,
         )
 

@@ -49,6 +49,7 @@ class Result:
     held_out: dict[str, dict[str, float | None]] = field(default_factory=dict)  # name -> "base", "answer"
     evaluations: int = 0
     scores: list[float | None] = field(default_factory=list)  # in order
+    early: list[int] = field(default_factory=list)  # which of them a race stopped: these rank, and are never the best
     seconds: dict[str, float] = field(default_factory=dict)  # of the run that ended it, by stage
     error: str | None = None  # of a failed one
     traceback: str | None = None
@@ -135,6 +136,7 @@ KINDS: dict[str, Fits] = {
     "held_out": _dict_of(_is_two),
     "evaluations": _is_count,
     "scores": _list_of(_or_none(_is_number)),
+    "early": _list_of(_is_count),
     "seconds": _dict_of(_is_number),
     "error": _or_none(_is_text),
     "traceback": _or_none(_is_text),

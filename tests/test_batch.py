@@ -142,6 +142,11 @@ def test_a_pipeline_that_takes_a_generator(tmp_path, whole):
     assert pictures(tmp_path) == pictures(whole) and len(pipe.calls) == 6
 
 
+def test_a_time_in_place_of_a_budget(tmp_path):
+    results, _ = run(PROMPTS[:1], tmp_path, ses_eval_budget=None, ses_config=replace(SMALL, time_limit=0.2))
+    assert results[0].status == "done" and results[0].evaluations > 4
+
+
 # ---------------------------------------------------------------- how it goes on
 
 
@@ -637,7 +642,7 @@ def kill_at_random(forks, file, tmp_path, options, kills, seed):
     check_whole(out, tmp_path / "reference", ids)
 
 
-EMBEDDED = ("--steps", 2, "--width", 128, "--height", 128)
+EMBEDDED = ("--steps", 2, "--width", 128, "--height", 128, "--batch-size", "auto")
 
 
 def test_kills_at_random_moments(forks, tmp_path):
@@ -766,6 +771,21 @@ def test_bad_commands_are_one_line_and_exit_code_2(case, toy, tmp_path, whole, m
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == "" and toy.calls == []
 
 
+def test_a_race_and_refined_answers(tmp_path):
+    """A preview may be an object in the settings' file; what a race stopped early is marked as such."""
+    caption = ses_fast.embedded.captions()[0]
+    (tmp_path / "p.txt").write_text(caption)
+    preview = {"race": [[0.9, 0.5]], "refine": 2, "scale": 2}
+    (tmp_path / "ses.json").write_text(json.dumps({"preview": preview, "strategy": "random"}))
+    options = command(tmp_path / "p.txt", tmp_path / "out", "--config", tmp_path / "ses.json", "--steps", 4)
+    assert ses_fast_batch(*options) == 0
+    (line,) = lines(tmp_path / "out")
+    assert line["early"] and len(line["scores"]) == 10 and line["status"] == "done"
+    settings = json.loads((tmp_path / "out" / "batch.json").read_text())["ses_config"]
+    assert settings["preview"] == preview | {"cfg": True} and settings["strategy"] == "random"
+    assert "stopped early" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_the_embedded_model_by_the_command(tmp_path):
     """The real thing, small: each image is that of its own call."""
     caption = ses_fast.embedded.captions()[0]
@@ -781,7 +801,7 @@ def test_the_embedded_model_by_the_command(tmp_path):
         ses_reward_model=ses_fast.embedded.load_reward(),
         ses_eval_budget=10,
         ses_inference_steps=2,
-        ses_config=replace(SMALL, progress=False),
+        ses_config=replace(SMALL, batch_size="auto", progress=False),
         **call,
     )
     assert np.array_equal(Image.open(tmp_path / "out" / line["image"]), image)

@@ -222,7 +222,7 @@ class SESConfig:
 
 
 # A setting that is a dataclass -> its class: in a file it is an object with that one's fields.
-NESTED: dict[str, type] = {}
+NESTED = {"preview": Preview}
 
 
 def _from_json(name: str, value: Any) -> Any:
