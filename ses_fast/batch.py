@@ -6,7 +6,6 @@ for result in ses_fast.batch.run(pipe, "prompts.csv", "out", ses_reward_model="p
 
 import functools
 import inspect
-import json
 import math
 import os
 import time
@@ -30,7 +29,7 @@ from .prompts import Prompt, as_prompts, read_prompts
 from .result import SearchResult
 
 HOW = ("batch_size", "backend", "progress")  # settings that change how a batch runs, not what it makes
-MOST_CHARACTERS = 10_000  # of an error's traceback that are kept
+MOST_CHARACTERS = 4_000  # of an error's traceback that are kept
 
 
 def run(
@@ -126,8 +125,11 @@ def _results(
     folder = work.folder
     with folder:
         todo = {prompt.id for prompt in left}
-        finished = [folder.results[prompt.id] for prompt in wanted if prompt.id not in todo]
-        yield from finished
+        finished = [prompt for prompt in wanted if prompt.id not in todo]
+        for prompt in finished:
+            if folder.results[prompt.id].columns != prompt.columns:  # the file says more than it did
+                folder.add(replace(folder.results[prompt.id], columns=dict(prompt.columns)))
+            yield folder.results[prompt.id]
         each = work.ses["ses_eval_budget"] or 1  # of the bar's steps
         count, failed = len(finished), 0
         with tqdm(
@@ -143,12 +145,11 @@ def _results(
                 _advance(bar, count * each, each, 0)
                 yield result
             bar.set_description(f"{count}/{len(wanted)} prompts, {failed} failed")
-        if left or not all(path.exists() for path in (folder.summary, folder.page)):
+        if not folder.is_summarised():
             results = _in_order(folder.results, wanted)
             summary = summarised(results) | {"settings": settings, "versions": _versions()}
-            text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-            folder.write(folder.summary, lambda path: path.write_text(text))
             folder.write(folder.page, lambda path: write_page(path, folder.path, results, summary))
+            folder.summarise(summary)
 
 
 def _advance(bar: Any, before: int, most: int, evaluations: int) -> None:

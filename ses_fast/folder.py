@@ -249,6 +249,19 @@ class Folder:
             os.fsync(file.fileno())
         self.results[result.id] = result
 
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json, the last file of a batch that has ended."""
+        text = json.dumps({**summary, "results_bytes": self._record.stat().st_size}, indent=1, allow_nan=False) + "\n"
+        self.write(self.summary, lambda path: path.write_text(text))
+
+    def is_summarised(self) -> bool:
+        """Whether summary and page are those of all results: a kill may have come before them."""
+        try:
+            summary = json.loads(self.summary.read_bytes())
+            return self.page.exists() and summary["results_bytes"] == self._record.stat().st_size
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
         # safetensors has an error of its own for a full disk; nothing but writing happens inside

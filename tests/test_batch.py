@@ -168,6 +168,47 @@ def test_a_finished_prompt_is_not_redone_and_an_added_one_is_done(tmp_path):
     assert page.read_text() == text
 
 
+def test_columns_are_those_of_the_file_that_came_last(tmp_path):
+    first, _ = run([{"prompt": "a fox", "note": "x"}, {"prompt": "a fox", "note": "y"}], tmp_path)
+    rows = [{"prompt": "a fox", "note": note} for note in "zxy"]
+    results, pipe = run(rows, tmp_path)
+    assert [each.columns["note"] for each in results] == ["z", "x", "y"] and len(pipe.calls) == 2
+    assert len({each.id for each in results}) == 3 and {each.score for each in results} == {first[0].score}
+    assert run(rows, tmp_path)[0] == results and json.loads((tmp_path / "summary.json").read_text())["done"] == 3
+
+
+def test_a_page_that_a_kill_has_prevented_is_made_later(tmp_path, monkeypatch):
+    run(PROMPTS[:2], tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(batch, "write_page", lambda *_: (_ for _ in ()).throw(Stop))
+        run(PROMPTS, tmp_path)
+    assert PROMPTS[2] not in (tmp_path / "index.html").read_text()
+    assert run(PROMPTS, tmp_path)[1].calls == [] and PROMPTS[2] in (tmp_path / "index.html").read_text()
+    (tmp_path / "summary.json").write_text("{")
+    run(PROMPTS, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["done"] == 3
+
+
+def test_prompts_do_no_harm(tmp_path):
+    prompts = [
+        "very " * 20_000,
+        "\x1b[2J\x07\x00",
+        "<script>alert(1)</script>",
+        "../../../../tmp/x",
+        "=cmd|'/C calc'!A0",
+        "\u202e" * 9,
+    ]
+    ids = ["/etc/passwd", "..", "CON", "a\nb", "x" * 100_000, "<b>"]
+    given = [{"prompt": prompt, "id": id, "note": prompt} for prompt, id in zip(prompts, ids, strict=True)]
+    results, _ = run(given, tmp_path / "out")
+    assert [each.prompt for each in results] == prompts and {each.status for each in results} == {"done"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert len(names) == 12 and all(re.fullmatch(r"[a-z0-9_-]{1,90}(\.base)?\.png", name) for name in names)
+    assert "<script>alert" not in (tmp_path / "out" / "index.html").read_text()
+    assert run(given, tmp_path / "out")[1].calls == []
+
+
 def test_a_lost_image_is_made_again(tmp_path, whole):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     name = lines(whole)[1]["image"]
@@ -686,7 +727,8 @@ def test_the_command(toy, tmp_path, capsys):
     assert (settings["ses_config"]["popsize"], settings["ses_config"]["k_elites"]) == (5, 2)
     assert settings["arguments"] == {"num_inference_steps": 3, "width": 16} and settings["ses_inference_steps"] == 3
     (line,) = lines(tmp_path / "out")
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
+    assert re.search(r"1/1 prompts, 0 failed: 100%.* 6/6 \[\d\d:\d\d<00:00", bar)
     assert "prompts      1, 0 failed\n" in printed
     assert f"without search {line['base_score']:.2f}, with {line['score']:.2f}" in printed
     assert line["evaluations"] == 6 and toy.calls[0]["size"] == (8, 16)
