@@ -381,7 +381,7 @@ def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--config", type=Path, help="JSON file with settings of ses_fast.SESConfig; the options below go before it")
     add("--popsize", type=at_least_one, help="candidates of a generation (default: 10)")
-    add("--batch-size", type=_or_auto(1), help='previews denoised together, a number or "auto" (default: 1)')
+    add("--batch-size", type=_or_auto(1), help='previews denoised together, a number or "auto" (default: auto)')
     add("--elites", type=at_least_one, help="best candidates that make the next distribution (default: 5)")
     add("--wavelet", help="any wavelet of PyWavelets (default: db1)")
     add("--level", type=_or_auto(0), help='level of the searched band, a number or "auto" (default: auto)')
