@@ -22,10 +22,15 @@ def redness(images, prompt):
     return images[:, 0].float().mean((1, 2)) - images[:, 2].float().mean((1, 2))
 
 
-@pytest.fixture(scope="module")
-def studio():
+def load():
+    """By its name in a worker too."""
     pipe = ses_fast.enable(tiny_flux())
     return Studio(pipe, {"brightness": brightness}, steps=4, held_out=redness, arguments=SIZE)
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return load()
 
 
 @pytest.fixture
@@ -105,6 +110,16 @@ def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypat
     again = compare.run(lambda: studio, plan, tmp_path, rounds=1)
     assert done == [(1, "brightness")]
     assert again == figures
+
+
+def test_workers_measure_the_same(studio, tmp_path):
+    plan = compare.Plan((PROMPT, "a blue owl"), ("brightness",), (2,), methods=("no search", "random"))
+    figures = compare.run(load, plan, tmp_path, rounds=1, workers=2)
+    for half, number in (("even", 0), ("odd", 1)):
+        methods = figures["tasks"]["brightness"][half]["methods"]
+        line = compare.measured(studio, plan, (), number, "brightness")["methods"]
+        for name, each in line.items():
+            assert methods[name]["budgets"][0]["reward"][0] == pytest.approx(each["reward"][0][0], abs=1e-4)
 
 
 def test_a_folder_of_another_comparison_is_refused(studio, plan, tmp_path):
