@@ -219,9 +219,11 @@ def test_a_half_size_forward_counts_by_its_share():
 
 
 def test_a_method_that_is_another_ones_but_for_its_time_has_its_rewards():
-    figures = made_up(reference=[[1.0, 3.0]] * 2, mix=[[2.0, 4.0]] * 2, **{"mix - batches": [[0.0, 0.0]] * 2})
+    shared = {"reference": [[1.0, 3.0]] * 2, "ses": [[1.0, 3.0]] * 2}
+    figures = made_up(**shared, mix=[[2.0, 4.0]] * 2, **{"mix - batches": [[0.0, 0.0]] * 2})
     methods = figures["tasks"]["clip"]["even"]["methods"]
     assert methods["mix - batches"]["budgets"][1]["reward"][0] == 4
+    assert methods["mix - batches"]["budgets"][1]["forwards"] == methods["mix"]["budgets"][1]["forwards"]
     assert "| batches and linears (one by one) |" in tables.markdown(figures)
 
 
