@@ -350,6 +350,15 @@ def up(x):
     return torch.nn.functional.interpolate(x, scale_factor=2)
 
 
+def test_a_preview_of_a_file_has_known_fields(tmp_path):
+    (tmp_path / "ses.json").write_text('{"dwt_level": 2, "preview": {"scale": 2, "race": [[0.8, 0.5]], "refine": 1}}')
+    config = SESConfig.from_file(tmp_path / "ses.json")
+    assert config == SESConfig(dwt_level=2, preview=Preview(scale=2, race=((0.8, 0.5),), refine=1))
+    (tmp_path / "ses.json").write_text('{"preview": {"sacle": 2}}')
+    with pytest.raises(ValueError, match="preview has no sacle; it has scale, race, cfg, refine"):
+        SESConfig.from_file(tmp_path / "ses.json")
+
+
 def test_too_few_noises_are_refused(studio):
     with pytest.raises(ValueError, match="at least 2"):
         calibrate.measure(studio, brightness, [PROMPT], 1)
