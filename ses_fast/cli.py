@@ -32,6 +32,7 @@ PACKAGES = {
     "torchvision": "diffsynth",
     "transformers": "rewards",
     "open_clip_torch": "rewards",
+    "openai": "vlm",
     "PyWavelets": "wavelets",
     "matplotlib": "plots",
 }

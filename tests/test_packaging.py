@@ -57,7 +57,7 @@ IMPORTS = {
     "reference": set(),
     "report": set(),
     "result": {"evolution", "files", "state"},
-    "rewards": {"_torchvision", "cpu", "ops", "scores"},
+    "rewards": {"_torchvision", "checks", "cpu", "ops", "scores"},
     "scores": set(),
     "spectral": {"checks", "ops", "reference"},
     "state": {"checks", "spectral", "strategies"},

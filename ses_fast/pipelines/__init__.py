@@ -22,7 +22,8 @@ def enable(pipe: Any, *, compile: bool | str = False) -> Any:
     compile: True compiles the repeated blocks of the user's own model with torch.compile, for previews and final
         images, with SES and without; "max-autotune" searches longer for fast kernels. The images then differ
         by rounding, as after `pipe.compile_pipeline()`. The first call compiles; so does the first with another
-        image size or number of previews together, and with CFG, but not with another prompt.
+        image size or number of previews together, and with CFG, but not with another prompt (of a pipeline without a
+        family of its own: only with one of another length, where it does not pad them).
 
     Raises ValueError for what is no supported pipeline, and for another `compile`.
     """

@@ -88,7 +88,7 @@ class SESConfig:
 
     popsize, k_elites, wavelet_name: as in `evolve`.
     dwt_level: a number, or "auto": 4 from 1024 pixels on the shorter side, one less with each halving,
-        never below 1; with `state` the state's.
+        never below 1; about 8x8 coefficients where the noise is of pixels; with `state` the state's.
     strategy: how the next generation is drawn, as in `evolve`.
     preview: a `Preview`: what makes previews cheap, and whether the best are scored again in full.
     batch_size: how many previews are denoised together; they change by rounding only, and with 1 the best preview

@@ -167,8 +167,10 @@ class Previews(Objective):
         renderer = self.renderer
         renderer.prepare("denoise")
         draft = renderer.begin(noise)
-        for step in range(1, renderer.steps + 1):
+        for step in [renderer.steps] if renderer.in_one_go else range(1, renderer.steps + 1):
             draft = renderer.advance(draft, step)
+            if not draft.latents.isfinite().all() and renderer.in_one_go:
+                return "the image that the pipeline's own call makes is not finite"
             if not draft.latents.isfinite().all():
                 return f"the first part to fail is the denoiser, in step {step} of {renderer.steps}"
         renderer.prepare("decode")

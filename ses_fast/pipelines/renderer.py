@@ -66,6 +66,7 @@ class Renderer(ABC):
     # Optional: the defaults suit a library without these limits.
 
     sigmas: Sequence[float] | None = None  # [steps], the noise level of each step's forward; None: it makes no x0
+    in_one_go: bool = False  # whether `advance` makes the images themselves, after all steps, and nothing before
     forwards_a_step: int = 1  # of the denoiser for one candidate: 2 with classifier-free guidance
     largest_denoise: int | None = None  # how many may be denoised together; None: as many as memory holds
     largest_decode: int | None = None

@@ -16,14 +16,26 @@ FAMILIES = {
 }
 
 
+BASE = "diffsynth.diffusion.base_pipeline.BasePipeline"
+
+
 def family_of(pipe: Any) -> Any:
-    """The unit's class of the pipeline's family; None where there is none."""
+    """The unit's class of the pipeline's family; None for what is no pipeline of DiffSynth.
+
+    Raises ValueError for one that makes no picture, or whose call is another than DiffSynth's are.
+    """
     for cls in type(pipe).__mro__:
         # diffusers has classes of the same names
         if cls.__name__ in FAMILIES and cls.__module__.partition(".")[0] == "diffsynth":
             module, name = FAMILIES[cls.__name__].split(":")
             return getattr(import_module(f"{__name__}.{module}"), name)
-    return None
+    if BASE not in {f"{cls.__module__}.{cls.__name__}" for cls in type(pipe).__mro__}:
+        return None
+    from .any import AnyImage, misfit
+
+    if (why := misfit(pipe)) is not None:
+        raise ValueError(f"SES cannot search {type(pipe).__module__}.{type(pipe).__qualname__}: {why}")
+    return AnyImage
 
 
 def enable(pipe: Any, compile: bool | str) -> None:

@@ -19,8 +19,7 @@ from ..compiling import NOTE, CompileClock, undo_compilation
 from ..config import SESConfig
 from ..request import Request, facts, make_request
 from ..run import answer
-from .schedule import Schedule
-from .unit import PER_CALL_LORAS, Call, SESUnit
+from .unit import PER_CALL_LORAS, SESUnit
 
 # Arguments of the call that no preview depends on, or that a state holds in another form.
 NOT_OF_A_PREVIEW = {"prompt", "seed", "rand_device", "initial_noise", "num_inference_steps", "progress_bar_cmd"}
@@ -108,15 +107,7 @@ class SESPipeline:
             return stock(*given.args, **given.kwargs)
 
         def render(request: Request, begin: float) -> tuple[Any, SearchResult | None]:
-            schedule = Schedule(self.scheduler, request.steps, makes_previews=request.latents is None)
-            with unit.asked(Call(request, schedule, clock, begin, call)), schedule:
-                image = call()
-            if not request.answered:
-                raise ValueError(
-                    f"the call of {type(self).__name__} does not run pipe.units, so SES has searched nothing: enable a "
-                    "pipeline whose call makes its image as DiffSynth's own does"
-                )
-            return image, self.ses_result
+            return unit.render(self, request, call, clock, begin)
 
         as_tensor = functools.partial(_as_tensor, device=self.device)
         image, self.ses_result = answer(request, clock, stock=call, render=render, as_tensor=as_tensor)

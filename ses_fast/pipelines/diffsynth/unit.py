@@ -2,13 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ...result import SearchResult
 from .. import run
 from ..compiling import CompileClock
 from ..request import Request
@@ -65,20 +66,29 @@ class SESUnit(Family):
                 "SES needs the scheduler's own set_timesteps and add_noise: replace them in a subclass, "
                 "not on pipe.scheduler itself"
             )
-        hot = getattr(pipe.dit, "vram_management_enabled", False) or getattr(pipe.dit, "quantize_config", None)
-        for name in PER_CALL_LORAS:
-            if given.get(name) is None:
-                continue
-            if not hot:
-                raise ValueError(
-                    f"with SES, {name}= needs pipe.dit = pipe.enable_lora_hot_loading(pipe.dit) first: otherwise "
-                    "DiffSynth adds the LoRA to the weights again in every step of every preview"
-                )
-            if any(getattr(module, "lora_A_weights", None) for module in pipe.dit.modules()):
-                raise ValueError(
-                    f"with SES, {name}= cannot go with a LoRA that is loaded already: DiffSynth clears both after the "
-                    "first forward. Call pipe.clear_lora(), or load both and leave the argument out"
-                )
+        check_loras(pipe, given)
+
+    def render(
+        self,
+        pipe: Any,
+        request: Request,
+        call: Callable[..., Any],
+        clock: CompileClock,
+        begin: float,
+    ) -> tuple[Any, SearchResult | None]:
+        """The call's image with the noise that the request asks for, and the search that found it, if there was one.
+
+        call: the stock call; takes arguments, by name, in place of those that the user gave. begin: see `run.answer`.
+        """
+        schedule = Schedule(pipe.scheduler, request.steps, makes_previews=request.latents is None)
+        with self.asked(Call(request, schedule, clock, begin, call)), schedule:
+            image = call()
+        if not request.answered:
+            raise ValueError(
+                f"the call of {type(pipe).__name__} does not run pipe.units, so SES has searched nothing: enable a "
+                "pipeline whose call makes its image as DiffSynth's own does"
+            )
+        return image, pipe.ses_result
 
     @contextmanager
     def asked(self, call: Call) -> Iterator[None]:
@@ -112,10 +122,10 @@ class SESUnit(Family):
         finished: Tensor | None = None
         base = self.unpack(inputs_shared["noise"], inputs_shared)
         if request.latents is not None:
-            best = _given_noise(request.latents, base)
+            best = given_noise(request.latents, base)
         else:
             if request.base is not None:
-                base = _given_noise(request.base, base)
+                base = given_noise(request.base, base)
             sides = (inputs_posi, inputs_nega)
             before = dict(vars(pipe.scheduler))
             self.call = None  # a callback may call the pipeline, and its calls are not this one
@@ -186,7 +196,26 @@ class SESUnit(Family):
         raise ValueError(f"the call of {type(pipe).__name__} does not run pipe.units: leave Preview(scale=) out")
 
 
-def _given_noise(
+def check_loras(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for a LoRA of the call that a search would add to the weights again and again."""
+    dit: Any = getattr(pipe, "dit", None)
+    hot = getattr(dit, "vram_management_enabled", False) or getattr(dit, "quantize_config", None)
+    for name in PER_CALL_LORAS:
+        if given.get(name) is None:
+            continue
+        if not hot:
+            raise ValueError(
+                f"with SES, {name}= needs pipe.dit = pipe.enable_lora_hot_loading(pipe.dit) first: otherwise "
+                "DiffSynth adds the LoRA to the weights again in every step of every preview"
+            )
+        if any(getattr(module, "lora_A_weights", None) for module in dit.modules()):
+            raise ValueError(
+                f"with SES, {name}= cannot go with a LoRA that is loaded already: DiffSynth clears both after the "
+                "first forward. Call pipe.clear_lora(), or load both and leave the argument out"
+            )
+
+
+def given_noise(
     given: Tensor,  # [1, C, h, w]
     base: Tensor,  # [1, C, h, w] of the call
 ) -> Tensor:  # [1, C, h, w] on the base's device
