@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="search methods at equal cost, by evidence", formatter_class=_Formatter
     )
-    _add_study_options(compare, Path("compare"), "folder for the report, its figures and plot")
+    _add_study_options(compare, Path("out/compare"), "folder for the report, its figures and plot")
     add = compare.add_argument
     add("--tasks", help="rewards to search with, each by itself, with commas (default: clip,jpeg, or --reward)")
     add("--report-reward", metavar="NAME", help="a reward that takes no part in a search (default: embedded_heldout)")
@@ -332,7 +332,9 @@ def _parser() -> argparse.ArgumentParser:
         help="which previews, race and level a model and a reward can be searched with",
         formatter_class=_Formatter,
     )
-    _add_study_options(calibrate, Path("ses.json"), "JSON of settings that --config takes; the report goes beside it")
+    _add_study_options(
+        calibrate, Path("out/ses.json"), "JSON of settings that --config takes; the report goes beside it"
+    )
     calibrate.add_argument("--noises", type=_at_least(2), default=24, help="of each prompt")
     calibrate.set_defaults(prepare=prepare_calibrate)
 
