@@ -1,6 +1,6 @@
 """What is measured, and how.
 
-baseline: the documented flow, built from installed parts: what ses_fast is compared with.
+baseline: what ses_fast is compared with: the documented flow, and HPSv2 as its authors score a picture.
 clip: CLIP as its users have it, with random weights, and when two sides' scores are the same.
 collect: the parts of a run in one JSON and one Markdown file of bench/results.
 compare: what moved since the last committed run.

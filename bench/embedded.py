@@ -28,7 +28,7 @@ import ses_fast
 from bench.environment import environment
 from bench.ops import result_path
 from bench.table import lines_of
-from ses_fast import embedded, ops
+from ses_fast import embedded, ops, statistics
 
 STEPS = 8
 SIZE, HALF, CHANNELS = 256, 128, 16  # pixels, the latents are an eighth; and their channels
@@ -176,17 +176,12 @@ def gain_of_more(rows: list[dict]) -> float:
 
 def correlation_within(rows: list[dict], one: str, other: str) -> float:
     """Pearson's, of all captions' scores together, each less its caption's mean."""
-    a, b = (np.concatenate([np.array(row[key]) - np.mean(row[key]) for row in rows]) for key in (one, other))
-    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return statistics.pooled_correlation(*([row[key] for row in rows] for key in (one, other))).value
 
 
 def rank_correlation_within(rows: list[dict], one: str, other: str) -> float:
     """Spearman's, the mean over captions."""
-    found = []
-    for row in rows:
-        ranks = [np.argsort(np.argsort(row[key])) for key in (one, other)]  # scores are floats: no ties but by chance
-        found.append(np.corrcoef(*ranks)[0, 1])
-    return float(np.mean(found))
+    return float(np.mean([statistics.spearman(row[one], row[other]) for row in rows]))
 
 
 def summarise_headroom(rows: list[dict]) -> dict[str, float]:

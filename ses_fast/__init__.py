@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import embedded, ops
+    from . import batch, embedded, ops
     from .loop import evolve, search
     from .ops import set_backend
     from .pipelines import Preview, SESConfig, disable, enable
@@ -20,6 +20,7 @@ __all__ = [
     "Preview",
     "SESConfig",
     "SearchResult",
+    "batch",
     "disable",
     "embedded",
     "enable",

@@ -1,5 +1,6 @@
-"""The command `ses-fast`: `generate` makes an image with and without search, `rewards` lists the reward models,
-`doctor` says what would run.
+"""The command `ses-fast`: `generate` makes an image with and without search, `batch` those of a file of prompts,
+`compare` sets methods against each other at equal cost, `calibrate` says which previews can be trusted, `rewards` lists
+the reward models, `doctor` says what would run.
 
 Each command is a function that checks its arguments, loads what they name and returns the work. Bad input
 ends in one line and exit code 2, before the work.
@@ -8,11 +9,10 @@ ends in one line and exit code 2, before the work.
 import argparse
 import json
 import math
-import os
 import platform
-import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .commands import HELDOUT, prepare_calibrate, prepare_compare
 from .files import write_whole
+from .job import EMBEDDED, MODELS, Job, check_writable, checked_prompt
+from .prompts import FORMATS, read_prompts
 
 # an optional package -> the extra that installs it
 PACKAGES = {
@@ -29,11 +32,12 @@ PACKAGES = {
     "torchvision": "diffsynth",
     "transformers": "rewards",
     "open_clip_torch": "rewards",
+    "openai": "vlm",
     "PyWavelets": "wavelets",
     "matplotlib": "plots",
 }
-EMBEDDED = {"embedded": False, "embedded_heldout": True}  # the embedded model's rewards -> heldout=
 WRITTEN = ("image.png", "base.png", "budgets.png", "curve.png", "result.json")
+MOST_FAILURES = 10  # that are printed
 MARKS = (10, 30, 100, 300, 1000)  # evaluations whose best image is shown, beside none and all
 
 
@@ -48,95 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work()
 
 
-@dataclass(frozen=True)
-class Job:
-    """What `generate` was asked to do, checked."""
-
-    prompt: str
-    model: str
-    reward: str
-    reward_weights: str | None
-    report_rewards: tuple[str, ...]
-    seed: int
-    steps: int
-    preview_steps: int
-    budget: int
-    size: dict[str, int]  # height and width, where given
-    search: dict[str, Any]  # SESConfig's settings
-    out: Path
-
-    @staticmethod
-    def of(args: argparse.Namespace) -> "Job":
-        """Raises ValueError for bad arguments, before anything is loaded."""
-        prompt = _checked_prompt(args.prompt)
-        _known("model", args.model, MODELS)
-        reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
-        report = tuple(args.report_reward or ())
-        from .rewards import known_name
-
-        for name in (reward, *report):
-            if name not in EMBEDDED:
-                known_name(name)
-            if name in EMBEDDED and args.model != "embedded":
-                raise ValueError(
-                    f"the reward {name!r} knows only the embedded model's captions: name another, for example pick"
-                )
-        if reward in EMBEDDED and args.reward_weights:
-            raise ValueError("--reward-weights: the embedded reward has its own weights")
-        if args.model == "embedded":
-            from .embedded.pipeline import check_size, check_words
-
-            check_words(prompt)
-            check_size(args.height or 1, args.width or 1)
-        return Job(
-            prompt=prompt,
-            model=args.model,
-            reward=reward,
-            reward_weights=args.reward_weights,
-            report_rewards=report,
-            seed=args.seed,
-            steps=args.steps,
-            preview_steps=args.preview_steps or args.steps,
-            budget=args.budget,
-            size={name: getattr(args, name) for name in ("height", "width") if getattr(args, name)},
-            search={
-                "popsize": args.popsize,
-                "k_elites": args.elites,
-                "wavelet_name": args.wavelet,
-                "dwt_level": args.level,
-                "batch_size": args.batch_size,
-            },
-            out=args.out,
-        )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As JSON, without the folder."""
-        apart = ("out", "size", "search")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart} | (
-            self.size | self.search
-        )
-
-
 def _generate(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments of `generate` and loads what they name."""
-    job = Job.of(args)
-    _check_writable(job.out)
-    from . import pipelines, report  # here, so that a missing package is said before anything is loaded
+    prompt, job = checked_prompt(args.prompt), Job.of(args)
+    if job.model == "embedded":
+        from .embedded.pipeline import check_words
+
+        check_words(prompt)
+    check_writable(job.out, WRITTEN)
+    from . import report  # here, so that a missing package is said before anything is loaded
 
     previews = _BestPreviews(job.budget)
-    # Without the rewards at first, so that bad settings are refused before anything is loaded.
-    config = pipelines.SESConfig(**job.search, on_preview=previews)
-    reward = _load_reward(job.reward, job.reward_weights)
-    config = replace(config, report_rewards={name: _load_reward(name, None) for name in job.report_rewards})
-    pipe = pipelines.enable(MODELS[job.model]())
-    return partial(_search, job, pipe, reward, config, previews, report)
+    pipe, reward, config = job.load()
+    return partial(_search, prompt, job, pipe, reward, replace(config, on_preview=previews), previews, report)
 
 
-def _search(job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any) -> None:
+def _search(prompt: str, job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any) -> None:
     call = partial(
         pipe,
-        job.prompt,
+        prompt,
         seed=job.seed,
         num_inference_steps=job.steps,
         progress_bar_cmd=lambda steps: steps,
@@ -155,7 +89,7 @@ def _search(job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPrevi
     result = pipe.ses_result
     scores = [evaluation.score for evaluation in result.trace]
     generations = [evaluation.generation for evaluation in result.trace]
-    report.draw_budgets(previews.best, job.out / "budgets.png", job.prompt)
+    report.draw_budgets(previews.best, job.out / "budgets.png", prompt)
     report.draw_curve(scores, generations, job.out / "curve.png", result.base_score)
     summary = {
         "base_score": _number(result.base_score),
@@ -165,7 +99,7 @@ def _search(job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPrevi
         },
         "evaluations": result.evaluations,
         "seed": result.seed,
-        "settings": job.settings,
+        "settings": {"prompt": prompt, **job.settings},
         "versions": {"ses-fast": __version__, "python": platform.python_version(), **_versions()},
         "scores": [
             {"generation": each.generation, "index": each.index, "score": _number(each.score)} for each in result.trace
@@ -202,6 +136,60 @@ class _BestPreviews:
                 self.best[0] = self._leader
             if self._count in self.marks:
                 self.best[self._count] = self._leader
+
+
+def _batch(args: argparse.Namespace) -> Callable[[], None]:
+    """Checks the arguments of `batch` and its prompts, and loads what they name."""
+    job = Job.of(args)
+    prompts = read_prompts(args.prompts, args.format)
+    check_writable(job.out)
+    from . import batch  # here, so that a missing package is said before anything is loaded
+
+    pipe, reward, config = job.load()
+    results = batch.run(
+        pipe,
+        prompts,
+        job.out,
+        ses_reward_model=reward,
+        ses_eval_budget=job.budget,
+        ses_inference_steps=job.preview_steps,
+        ses_config=config,
+        seed=job.seed,
+        model=job.model,
+        restart=args.restart,
+        num_inference_steps=job.steps,
+        progress_bar_cmd=lambda steps: steps,
+        **job.size,
+    )
+    return partial(_work_through, results, job.out)
+
+
+def _work_through(results: Iterable[Any], out: Path) -> None:
+    """Exits with code 1 where a prompt failed or the folder takes no more, and with 130 after Ctrl-C."""
+    from .folder import CannotWrite
+    from .page import shown
+
+    try:
+        done = list(results)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except CannotWrite as error:
+        print(f"ses-fast: error: {error}. The same command goes on from here", file=sys.stderr)
+        raise SystemExit(1) from error
+    failed = [result for result in done if result.error]
+    for result in failed[:MOST_FAILURES]:
+        print(f"failed       {result.stem}: {' '.join(shown(result.error, 200).split())}")
+    if len(failed) > MOST_FAILURES:
+        print(f"failed       and {len(failed) - MOST_FAILURES} more")
+    summary = json.loads((out / "summary.json").read_text())
+    print(f"prompts      {len(done)}, {len(failed)} failed")
+    for name, means in {"mean score": summary["search"], **summary["held_out"]}.items():
+        if means["count"]:
+            print(f"{name:12} without search {means['base']:.2f}, with {means['answer']:.2f}: {means['gain']:+.2f}")
+    print(f"written to   {out}: index.html results.jsonl summary.json images/")
+    if failed:
+        raise SystemExit(1)
 
 
 def _rewards(args: argparse.Namespace) -> Callable[[], None]:
@@ -259,80 +247,6 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _embedded_model() -> Any:
-    from .embedded import load_pipeline
-
-    return load_pipeline()
-
-
-def _z_image_turbo() -> Any:
-    from .errors import missing_extra
-
-    try:
-        from ._torchvision import declare_torchvision_ops
-
-        declare_torchvision_ops()
-        from diffsynth.pipelines.z_image import ModelConfig, ZImagePipeline
-    except ModuleNotFoundError as error:
-        raise missing_extra("diffsynth", "diffsynth") from error
-
-    patterns = (
-        "transformer/*.safetensors",
-        "text_encoder/*.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-    )
-    configs = [ModelConfig(model_id="Tongyi-MAI/Z-Image-Turbo", origin_file_pattern=pattern) for pattern in patterns]
-    try:
-        return ZImagePipeline.from_pretrained(model_configs=configs)
-    except OSError as error:
-        raise OSError(
-            "cannot load Tongyi-MAI/Z-Image-Turbo: no copy in ./models (or DIFFSYNTH_MODEL_BASE_PATH) and none to be "
-            f"downloaded now ({type(error).__name__}). Download it once where there is a network"
-        ) from error
-
-
-MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-turbo": _z_image_turbo}
-
-
-def _load_reward(name: str, weights: str | None) -> Any:
-    if name in EMBEDDED:
-        from .embedded import load_reward as load_embedded
-
-        return load_embedded(heldout=EMBEDDED[name])
-    from .rewards import load_reward
-
-    return load_reward(name, weights=weights)
-
-
-def _known(kind: str, name: str, names: Collection[str]) -> None:
-    if name not in names:
-        raise ValueError(f"unknown {kind} {name!r}; the known ones are {', '.join(sorted(names))}")
-
-
-def _checked_prompt(prompt: str) -> str:
-    """The prompt. Raises ValueError for an empty one, and for bytes that are no text."""
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not valid UTF-8 text") from None
-    return prompt
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
-    for name in WRITTEN:
-        target = Path(os.path.realpath(folder / name))
-        if target.is_dir() or not target.parent.is_dir():
-            reason = "it is a folder" if target.is_dir() else "it is a link into a folder that is not there"
-            raise ValueError(f"cannot write {folder / name}: {reason}")
-
-
 def _number(score: float | None) -> float | None:
     """JSON has no infinity: null stands for a score that was not finite."""
     return score if score is not None and math.isfinite(score) else None
@@ -374,8 +288,77 @@ def _parser() -> argparse.ArgumentParser:
         help="turn a prompt into an image, with and without search",
         formatter_class=_Formatter,
     )
-    add, at_least_one = generate.add_argument, _at_least(1)
-    add("prompt", help="what to draw")
+    generate.add_argument("prompt", help="what to draw")
+    _add_search_options(generate, "folder for the pictures and result.json")
+    generate.set_defaults(prepare=_generate)
+
+    batch = commands.add_parser(
+        "batch",
+        help="the same for a file of prompts; the same command again goes on where it stopped",
+        formatter_class=_Formatter,
+    )
+    batch.add_argument(
+        "prompts",
+        help="CSV or TSV with a column prompt, JSON lines, a JSON list, or a prompt a line; - for standard input. "
+        "seed, negative_prompt, width, height and id are read too",
+    )
+    batch.add_argument("--format", choices=FORMATS, help="of the file (default: by its suffix, or what it looks like)")
+    batch.add_argument("--restart", action="store_true", default=None, help="begin anew: remove what is in the folder")
+    _add_search_options(batch, "folder for the images, results.jsonl, summary.json and index.html")
+    batch.set_defaults(prepare=_batch)
+
+    compare = commands.add_parser(
+        "compare", help="search methods at equal cost, by evidence", formatter_class=_Formatter
+    )
+    _add_study_options(compare, Path("compare"), "folder for the report, its figures and plot")
+    add = compare.add_argument
+    add("--tasks", help="rewards to search with, each by itself, with commas (default: clip,jpeg, or --reward)")
+    add("--report-reward", metavar="NAME", help="a reward that takes no part in a search (default: embedded_heldout)")
+    add("--budgets", help="evaluations, with commas (default: 10,20,30,50)")
+    add(
+        "--seeds",
+        type=_at_least(1),
+        help="searches of a prompt, each from its own noise; from 2 on their diversity is shown (default: 1)",
+    )
+    add("--methods", help="names with commas (default: all that the report then names)")
+    add("--quick", action="store_true", help="few methods, small budgets, 4 minutes on two cores")
+    add("--minutes", type=float, help="no prompt is begun that would not end by then (default: 60); run again to go on")
+    add("--workers", type=_at_least(1), help="processes of one thread (default: the cores, 1 with a GPU)")
+    add("--rounds", type=_at_least(1), help="prompts on which the seconds are measured (default: 3)")
+    compare.set_defaults(prepare=prepare_compare)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="which previews, race and level a model and a reward can be searched with",
+        formatter_class=_Formatter,
+    )
+    _add_study_options(calibrate, Path("ses.json"), "JSON of settings that --config takes; the report goes beside it")
+    calibrate.add_argument("--noises", type=_at_least(2), default=24, help="of each prompt")
+    calibrate.set_defaults(prepare=prepare_calibrate)
+
+    rewards = commands.add_parser("rewards", help="list the rewards: size, source, what is installed, what is missing")
+    rewards.set_defaults(prepare=_rewards)
+
+    doctor = commands.add_parser("doctor", help="print versions, devices and the backend that would run")
+    doctor.set_defaults(prepare=_doctor)
+    return parser
+
+
+def _add_study_options(parser: argparse.ArgumentParser, out: Path, what: str) -> None:
+    """What `compare` and `calibrate` have in common."""
+    add, at_least_one = parser.add_argument, _at_least(1)
+    add("prompts", help=f'file of prompts as for batch; of the embedded model "{HELDOUT}" or a number of its captions')
+    add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
+    add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
+    add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
+    add("--height", type=at_least_one, help="pixels (default: the model's own)")
+    add("--width", type=at_least_one, help="pixels (default: the model's own)")
+    add("--out", type=Path, default=out, help=what)
+
+
+def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """What `generate` and `batch` have in common: see `Job`."""
+    add, at_least_one = parser.add_argument, _at_least(1)
     add("--budget", type=at_least_one, default=50, help="images to score, the one without search among them")
     add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
     add(
@@ -384,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
         help="denoising steps of the scored previews (default: those of --steps)",
     )
     add("--seed", type=_at_least(0, 2**63 - 1), default=0, help="seed of the noise and of the search")
-    add("--out", type=Path, default=Path("out"), help="folder for the pictures and result.json")
+    add("--out", type=Path, default=Path("out"), help=out)
     add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
     add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
     add("--reward-weights", help="local folder or Hub id of the reward's weights (default: the published ones)")
@@ -396,19 +379,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--height", type=at_least_one, help="pixels (default: the model's own)")
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
-    add("--popsize", type=at_least_one, default=10, help="candidates of a generation")
-    add("--batch-size", type=_or_auto(1), default=1, help='previews denoised together, a number or "auto"')
-    add("--elites", type=at_least_one, default=5, help="best candidates that make the next distribution")
-    add("--wavelet", default="db1", help="any wavelet of PyWavelets")
-    add("--level", type=_or_auto(0), default="auto", help='level of the searched band, a number or "auto"')
-    generate.set_defaults(prepare=_generate)
-
-    rewards = commands.add_parser("rewards", help="list the rewards: size, source, what is installed, what is missing")
-    rewards.set_defaults(prepare=_rewards)
-
-    doctor = commands.add_parser("doctor", help="print versions, devices and the backend that would run")
-    doctor.set_defaults(prepare=_doctor)
-    return parser
+    add("--config", type=Path, help="JSON file with settings of ses_fast.SESConfig; the options below go before it")
+    add("--popsize", type=at_least_one, help="candidates of a generation (default: 10)")
+    add("--batch-size", type=_or_auto(1), help='previews denoised together, a number or "auto" (default: 1)')
+    add("--elites", type=at_least_one, help="best candidates that make the next distribution (default: 5)")
+    add("--wavelet", help="any wavelet of PyWavelets (default: db1)")
+    add("--level", type=_or_auto(0), help='level of the searched band, a number or "auto" (default: auto)')
 
 
 def _or_auto(least: int) -> Callable[[str], int | str]:

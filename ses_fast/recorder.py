@@ -105,7 +105,8 @@ class Recorder:
             if self.progress or state.mean.device.type == "cpu":  # a look at the scores waits for the device
                 self.watch.look(state.history)
             if self.progress:
-                self.bar.set_postfix(best=f"{state.elite_scores[0].item():.4g}", refresh=False)
+                best = leader(state, self.low, backend=self.backend)
+                self.bar.set_postfix(best="none" if best is None else f"{best.score:.4g}", refresh=False)
             if self.on_generation is not None:
                 self.on_generation(self._result("running"))
         self.stopwatch.lap("other")

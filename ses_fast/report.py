@@ -60,5 +60,26 @@ def draw_curve(
     figure.savefig(path, dpi=120)
 
 
+def draw_comparison(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], path: Path) -> None:
+    """Writes the reward of methods over seconds and over forwards to `path`, a row of two plots for each task.
+
+    curves: task -> method -> "seconds", "forwards", "reward", one value for each budget.
+    """
+    figure = Figure(figsize=(13, 4.2 * len(curves)), layout="constrained")
+    plots = figure.subplots(len(curves), 2, squeeze=False)
+    for row, (task, methods) in zip(plots, curves.items(), strict=True):
+        for axes, cost in zip(row, ("seconds", "forwards"), strict=True):
+            for number, (name, points) in enumerate(methods.items()):
+                style = {"marker": "osv^Dxp*"[number // 10 % 8], "color": f"C{number % 10}"}
+                axes.plot(points[cost], points["reward"], label=name, markersize=4, linewidth=1, **style)
+            axes.set(xlabel=cost, ylabel=f"reward of the final image ({task})", xscale="log")
+            axes.grid(alpha=0.3)
+    handles = {
+        label: line for axes in plots.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
 def _finite(scores: Sequence[float]) -> list[float]:
     return [score if math.isfinite(score) else math.nan for score in scores]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import ses_fast
-from ses_fast import cli, pipelines
+from ses_fast import cli, job, pipelines
 
 PROMPT = "two red squares left of three blue rings"
 
@@ -67,7 +67,7 @@ def redness(images, prompt):
 def toy(monkeypatch):
     pipe = ToyPipeline()
     monkeypatch.setitem(cli.MODELS, "embedded", lambda: pipe)
-    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: redness)
+    monkeypatch.setattr(job, "load_reward", lambda name, weights: redness)
     monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
     return pipe
 
@@ -167,7 +167,7 @@ def test_the_best_preview_is_the_first_of_the_finite_best(scores, best):
 
 def test_a_score_that_is_not_finite_is_null_in_the_result(toy, tmp_path, monkeypatch):
     scores = iter([math.nan, 1.0, -math.inf, 3.0, 2.0])
-    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: lambda images, prompt: torch.tensor([next(scores)]))
+    monkeypatch.setattr(job, "load_reward", lambda name, weights: lambda images, prompt: torch.tensor([next(scores)]))
     with pytest.warns(UserWarning):
         generate("--budget", 5, "--popsize", 5, "--out", tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
@@ -187,7 +187,7 @@ def test_another_models_reward_is_pick(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setitem(cli.MODELS, "z-image-turbo", ToyPipeline)
     monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
-    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: asked.append(name) or redness)
+    monkeypatch.setattr(job, "load_reward", lambda name, weights: asked.append(name) or redness)
     generate("--model", "z-image-turbo", "--budget", 1, "--out", tmp_path)
     assert asked == ["pick"]
 
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)  # a mode would not stop root
+    monkeypatch.setattr(job.tempfile, "TemporaryFile", refuse)  # a mode would not stop root
     with pytest.raises(SystemExit, match="2"):
         generate("--out", tmp_path)
     assert capsys.readouterr().err.endswith(f"cannot write to the folder {tmp_path}: Permission denied\n")
@@ -327,7 +327,7 @@ def test_an_error_in_the_search_is_not_swallowed(toy, tmp_path, monkeypatch):
     def broken(images, prompt):
         raise ValueError("a bug in a reward")
 
-    monkeypatch.setattr(cli, "_load_reward", lambda name, weights: broken)
+    monkeypatch.setattr(job, "load_reward", lambda name, weights: broken)
     with pytest.raises(ValueError, match="a bug in a reward"):
         generate("--out", tmp_path)
 

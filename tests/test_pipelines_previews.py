@@ -218,6 +218,18 @@ def test_the_answer_is_the_best_final_image_and_not_made_twice(family):
     assert abs(full.mean().item() - result.score) < 0.01
 
 
+def test_the_best_are_scored_again_by_the_calls_own_schedule(pipe):
+    """Whatever sets the pipeline's scheduler meanwhile: a callback's call, or previews of a size with another shift."""
+
+    def busy(*_):
+        pipe(**BASE | {"num_inference_steps": 4, "sigma_shift": 9.0})
+
+    quiet, disturbed = (
+        search(pipe, 4, FOUR, preview=Preview(refine=2), **each)[1] for each in ({}, {"on_preview": busy})
+    )
+    assert disturbed.refined == quiet.refined
+
+
 def test_refine_cannot_be_more_than_the_elites():
     with pytest.raises(ValueError, match="k_elites is 2"):
         SESConfig(k_elites=2, preview=Preview(refine=3))

@@ -479,7 +479,8 @@ def test_a_prompt_of_the_last_length_that_is_read_is_not_warned_of(folder, lette
     [
         ("pickscore", "pick"), ("PickScore_v1", "pick"), ("Pick", "pick"), ("HPSv2", "hps"), ("HPSv2.1", "hps_v2.1"),
         ("hpsv2.0", "hps_v2.0"), ("ImageReward", "image_reward"), ("THUDM/ImageReward", "image_reward"),
-        ("CLIP-ViT-H-14-laion2B", "clip"), ("asthetic", "aesthetic"),
+        ("CLIP-ViT-H-14-laion2B", "clip"), ("asthetic", "aesthetic"), ("HPSv3", "hps_v3"), ("MizzenAI/HPSv3", "hps_v3"),
+        ("UnifiedReward-2.0-qwen35-9b", "unified_reward"), ("UnifiedReward", "unified_reward"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_suggests_the_nearest(given, nearest):

@@ -1,7 +1,10 @@
 """The settings of a search that the documented arguments do not say."""
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,6 +168,33 @@ class SESConfig:
         if self.backend is not None and self.backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {self.backend!r}")
 
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "SESConfig":
+        """The settings in a JSON file, such as {"popsize": 20, "time_limit": 60}; others keep their defaults.
+
+        Raises ValueError for what is no such object, and for an unknown name or an impossible value; OSError for no
+        such file.
+        """
+        try:
+            given = json.loads(Path(path).read_bytes())
+            if not isinstance(given, dict):
+                raise ValueError("it is no JSON object of settings")
+            if carried := given.keys() & set(CARRIED):
+                raise ValueError(f"{', '.join(sorted(carried))}: of one call, no settings; give them in the call")
+            known = [f.name for f in fields(cls) if f.name not in CARRIED]
+            if unknown := given.keys() - set(known):
+                raise ValueError(
+                    f"unknown settings {', '.join(sorted(unknown))}; the known ones are {', '.join(known)}"
+                )
+            return cls(**{name: _from_json(name, value) for name, value in given.items()})
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_file` reads, as JSON: without what belongs to one call."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in CARRIED}
+        return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
+
     def evolution(self, height: int, width: int) -> EvolutionConfig:
         """The search's own settings for an image of height x width pixels."""
         level = self.dwt_level
@@ -189,6 +219,21 @@ class SESConfig:
     def __repr__(self) -> str:
         given = ((f, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default)
         return f"SESConfig({', '.join(f'{f.name}={_in_a_word(f.name, value)}' for f, value in given)})"
+
+
+# A setting that is a dataclass -> its class: in a file it is an object with that one's fields.
+NESTED: dict[str, type] = {"preview": Preview}
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """The value of a setting in a file. Raises ValueError for an object with unknown fields."""
+    kind = NESTED.get(name)
+    if kind is None or not isinstance(value, dict):
+        return value
+    known = [f.name for f in fields(kind)]
+    if unknown := value.keys() - set(known):
+        raise ValueError(f"{name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    return kind(**value)
 
 
 def _in_a_word(name: str, value: Any) -> str:

@@ -15,6 +15,7 @@ from ..objective import check_fingerprint
 from ..rewards import REWARDS, known_name
 from ..rewards.base import Reward
 from ..rewards.pil import PILReward
+from ..rewards.vlm import VLMReward
 from ..rewards.weighted import WeightedReward, check_weights
 from .config import SESConfig
 
@@ -119,13 +120,15 @@ def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def reward_name(reward: Any) -> Any:
     """What a reward is called in a state: its name, names and weights, or the function's or class's own."""
     if isinstance(reward, WeightedReward):
-        reward = reward.weights
+        return {_member_name(name, reward.rewards[name]): weight for name, weight in reward.weights.items()}
     if isinstance(reward, Mapping):
         return {reward_name(name): float(weight) for name, weight in reward.items()}
     if isinstance(reward, Reward):
         return f"{reward_name(reward.name)} ({reward.weights})" if reward.weights else reward_name(reward.name)
     if isinstance(reward, PILReward):
         return f"from_pil({reward_name(reward.function)})"
+    if isinstance(reward, VLMReward):
+        return f"VLMReward({reward.name})"
     if isinstance(reward, functools.partial):
         return f"partial({reward_name(reward.func)}, {facts({'args': reward.args, **reward.keywords})})"
     if isinstance(reward, str):  # two names of one reward are the same
@@ -133,6 +136,11 @@ def reward_name(reward: Any) -> Any:
         return next((name for name in REWARDS if REWARDS[name] is source), reward)
     named = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _member_name(name: str, reward: Any) -> str:
+    """A member of a sum is called what the sum calls it; of a model on a server that does not say what was asked."""
+    return f"{name}: {reward_name(reward)}" if isinstance(reward, VLMReward) else reward_name(name)
 
 
 def _fact(value: Any) -> Any:

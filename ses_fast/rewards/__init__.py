@@ -1,4 +1,5 @@
-"""Reward models by name: `load_reward`, `unload_rewards`; a scorer of PIL images as a reward: `from_pil`.
+"""Reward models by name: `load_reward`, `unload_rewards`; a scorer of PIL images as a reward: `from_pil`; a
+vision-language model on a server: `VLMReward`.
 
 A reward is called as `reward(images, prompt)` and returns one score for each image; a higher score is better.
 """
@@ -16,11 +17,12 @@ from typing import Any, overload
 import torch
 
 from .base import Reward, default_device, default_dtype, torch_as_it_comes
-from .checkpoint import Checkpoint, modelscope_copy, modelscope_folder, require
+from .checkpoint import Checkpoint, modelscope_copy, modelscope_folder, require, weight_files
 from .pil import PILReward, from_pil
+from .vlm import VLMReward
 from .weighted import WeightedReward, check_weights
 
-__all__ = ["PILReward", "WeightedReward", "from_pil", "load_reward", "unload_rewards"]
+__all__ = ["PILReward", "VLMReward", "WeightedReward", "from_pil", "load_reward", "unload_rewards"]
 
 _LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -55,7 +57,7 @@ class Source:
     def cached(self) -> bool:
         """Whether `load_reward` without weights has nothing to download."""
         if "weights" not in self.ids:
-            return (modelscope_folder(self.ids["modelscope"]) / "model.safetensors").is_file()
+            return bool(weight_files(modelscope_folder(self.ids["modelscope"])))
         if find_spec("huggingface_hub") is None:
             return False
         from huggingface_hub import try_to_load_from_cache
@@ -95,6 +97,10 @@ REWARDS = {
     "image_reward": Source(
         "image_reward", "ImageRewardReward", {"modelscope": "ImageReward"}, 1.8, ("diffsynth", "transformers")
     ),
+    "hps_v3": Source("qwen", "HPSv3Reward", {"modelscope": "HPSv3"}, 16.6, ("diffsynth", "transformers")),
+    "unified_reward": Source(
+        "qwen", "UnifiedReward", {"modelscope": "UnifiedReward-2.0-qwen35-9b"}, 18.8, ("diffsynth", "transformers")
+    ),
 }
 
 # The published ids, and the names that people write: the Hub's and ModelScope's without their owner.
@@ -131,7 +137,8 @@ def load_reward(name: Any, weights: Any = None, device: Any = None, dtype: torch
     """The reward `name`: an object called as `reward(images, prompt) -> Tensor [n]`.
 
     name: "pick" (PickScore v1), "clip" (LAION's CLIP ViT-H-14), "hps" or "hps_v2.1", "hps_v2.0" (HPSv2),
-        "image_reward" (ImageReward v1), "aesthetic" (LAION's predictor v2, which does not read the prompt); or the
+        "image_reward" (ImageReward v1), "aesthetic" (LAION's predictor v2, which does not read the prompt), "hps_v3"
+        (HPSv3, 7 billion parameters), "unified_reward" (UnifiedReward 2.0, 9 billion, which writes its rating); or the
         Hub id of the published weights, "yuvalkirstain/PickScore_v1", "xswu/HPSv2" (v2.1).
         Or a dict of weights, {"pick": 1.0, "hps": 0.5}: a `WeightedReward` of these members, without a scale, which
         a search over previews measures; see there for use around `evolve`.

@@ -23,7 +23,8 @@ class Checkpoint:
     def folder(self, patterns: Sequence[str], needs: Sequence[str], source: str | None = None) -> Path:
         """The local folder of `source`, which is a path or a Hub id (None: the weights).
 
-        patterns: the files to download of a Hub id ("owner/name"). needs: files of which the folder must have one.
+        patterns: the files to download of a Hub id ("owner/name"). needs: files, or patterns of names, of which the
+        folder must have one.
         Honours HF_HUB_OFFLINE. Raises FileNotFoundError for what is neither here nor on the Hub.
         """
         source = self.weights if source is None else source
@@ -45,7 +46,9 @@ class Checkpoint:
                     f"{lacking}: {source} is neither a local folder, nor in the Hugging Face cache, nor to be "
                     f"downloaded now; {advice}"
                 ) from error
-        if not any((folder / file).is_file() for file in needs):  # offline, the hub gives a cached folder as it is
+        if not any(
+            file.is_file() for name in needs for file in folder.glob(name)
+        ):  # offline, the hub gives a cached folder as it is
             raise FileNotFoundError(f"{lacking}: {folder} has none; {advice}")
         return folder
 
@@ -87,6 +90,14 @@ def modelscope_folder(folder: str) -> Path:
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH", "models"), "DiffSynth-Studio", "ImageMetrics", folder)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or all of its parts `model-00001-of-00004.safetensors` ...; none where one is missing."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    parts = sorted(folder.glob("model-*-of-*.safetensors"))
+    return parts if parts and len(parts) == int(parts[0].stem.rpartition("-")[2]) else []
+
+
 def modelscope_copy(name: str, folder: str) -> Path:
     """The local folder of the copy of a reward that `diffsynth.metrics` uses, downloaded if needed.
 
@@ -94,7 +105,7 @@ def modelscope_copy(name: str, folder: str) -> Path:
     FileNotFoundError where it is not here and cannot be downloaded.
     """
     path, failure = modelscope_folder(folder), None
-    if not (path / "model.safetensors").is_file():  # diffsynth asks the network even for files that are here
+    if not weight_files(path):  # diffsynth asks the network even for files that are here
         require("diffsynth")
         from diffsynth.core import ModelConfig
 
@@ -104,10 +115,10 @@ def modelscope_copy(name: str, folder: str) -> Path:
             ).download_if_necessary()
         except OSError as error:  # modelscope's own, of the network and of the hub
             failure = error
-        if not (path / "model.safetensors").is_file():
+        if not weight_files(path):
             raise FileNotFoundError(
-                f"reward {name!r} needs {path}/model.safetensors, which cannot be downloaded now; load it once where "
-                "there is a network, and DIFFSYNTH_SKIP_DOWNLOAD is not set, or pass a local copy of the folder "
-                f'{folder} of DiffSynth-Studio/ImageMetrics: load_reward({name!r}, weights="folder")'
+                f"reward {name!r} needs the weights {path}/model*.safetensors, which cannot be downloaded now; load it "
+                "once where there is a network, and DIFFSYNTH_SKIP_DOWNLOAD is not set, or pass a local copy of the "
+                f'folder {folder} of DiffSynth-Studio/ImageMetrics: load_reward({name!r}, weights="folder")'
             ) from failure
     return path

@@ -1,5 +1,6 @@
 """The unit that an enabled pipeline of DiffSynth has last: it answers the call's request with a better noise."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,7 +130,9 @@ class SESUnit(Family):
             before = dict(vars(pipe.scheduler))
             self.call = None  # a callback may call the pipeline, and its calls are not this one
             try:
-                final = PipelineRenderer(self, pipe, pipe.scheduler, inputs_shared, *sides, schedule.input_latents)
+                # A copy: previews of another size, and a callback's calls, set the pipeline's own anew.
+                scheduler = copy.copy(pipe.scheduler)
+                final = PipelineRenderer(self, pipe, scheduler, inputs_shared, *sides, schedule.input_latents)
                 renderer = self._of_previews(pipe, call, inputs_shared, *sides)
                 found = run.search(
                     renderer,

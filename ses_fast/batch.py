@@ -1,0 +1,304 @@
+"""Many prompts into one folder: gone on with where it stopped, whole after a kill, and one failure stops nothing.
+
+for result in ses_fast.batch.run(pipe, "prompts.csv", "out", ses_reward_model="pick", num_inference_steps=8):
+    print(result.id, result.base_score, result.score)
+"""
+
+import functools
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import __version__
+from .checks import whole_number
+from .errors import warn
+from .folder import DONE, FAILED, CannotWrite, Folder, Result
+from .page import write_page
+from .pipelines.config import SESConfig
+from .pipelines.request import facts, reward_name
+from .prompts import Prompt, as_prompts, read_prompts
+from .result import SearchResult
+
+HOW = ("batch_size", "backend", "progress")  # settings that change how a batch runs, not what it makes
+MOST_CHARACTERS = 10_000  # of an error's traceback that are kept
+
+
+def run(
+    pipe: Any,
+    prompts: str | os.PathLike[str] | Iterable[str | Mapping[str, Any] | Prompt],
+    out: str | os.PathLike[str],
+    *,
+    ses_reward_model: Any = "pick",
+    ses_eval_budget: int | None = 50,
+    ses_inference_steps: int = 10,
+    ses_config: SESConfig | None = None,
+    seed: int = 0,
+    model: str | None = None,
+    restart: bool = False,
+    progress: bool = True,
+    **call: Any,
+) -> Iterator[Result]:
+    """Makes the image of each prompt, with and without search, in the folder `out`; see `folder` for what is there.
+
+    pipe: an enabled pipeline. prompts: a file that `read_prompts` reads, or a list of strings or dicts. The ses_
+    arguments and `call` are the documented call's, for every prompt. seed: of a prompt that has none of its own.
+    model: what the pipeline's weights are called, so that a folder is not gone on with by others.
+
+    The same arguments go on where an earlier run stopped, in the middle of a search too: finished prompts are not done
+    again, failed ones are. `restart` removes what an earlier run made. The settings must be those of the earlier run,
+    but for SESConfig's batch_size, backend and progress.
+
+    Yields the results of finished prompts first, then each prompt's as it ends. A prompt that raises is a result with
+    an `error`, and the rest go on. At the end summary.json and index.html are written.
+
+    Raises ValueError for bad input, before any work; CannotWrite (an OSError) where the folder takes no more.
+    """
+    if not hasattr(type(pipe), "ses_result"):
+        raise ValueError(f"{type(pipe).__name__} has no documented call: ses_fast.enable(pipe) first")
+    config = _checked_config(ses_config)
+    if own := call.keys() & {"prompt", "enable_ses"}:
+        raise ValueError(f"{', '.join(sorted(own))}: these are given to each call by the batch")
+    if ses_eval_budget is not None:
+        whole_number("ses_eval_budget", ses_eval_budget, 1)
+    elif config.time_limit is None:
+        raise ValueError("ses_eval_budget=None needs a SESConfig(time_limit=): how many seconds a search may take")
+    whole_number("ses_inference_steps", ses_inference_steps, 1)
+    whole_number("seed", seed, 0)
+    is_file = isinstance(prompts, str | os.PathLike)
+    wanted = read_prompts(Path(prompts)) if is_file else as_prompts(prompts)  # type: ignore[arg-type]
+
+    settings = {
+        "pipeline": getattr(pipe, "_ses_stock", type(pipe)).__name__,
+        "model": model,
+        "ses_reward_model": reward_name(ses_reward_model),
+        "ses_eval_budget": ses_eval_budget,
+        "ses_inference_steps": ses_inference_steps,
+        "seed": seed,
+        "arguments": facts(call),
+        "report_rewards": sorted(config.report_rewards),
+        "ses_config": {name: value for name, value in config.settings().items() if name not in HOW},
+    }
+    ses = {
+        "ses_reward_model": ses_reward_model,
+        "ses_eval_budget": ses_eval_budget,
+        "ses_inference_steps": ses_inference_steps,
+    }
+    folder = Folder(out, settings, restart=restart)
+    try:
+        left = [prompt for prompt in wanted if not folder.finished(prompt, _seed(prompt, seed))]
+    except BaseException:
+        folder.close()
+        raise
+    return _results(_Work(pipe, folder, config, seed, call, ses), wanted, left, settings, progress)
+
+
+def _checked_config(config: SESConfig | None) -> SESConfig:
+    config = SESConfig() if config is None else config
+    if not isinstance(config, SESConfig):
+        raise ValueError(f"ses_config must be a ses_fast.SESConfig, got {config!r}")
+    for name in ("state", "latents", "generator"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"SESConfig({name}=) is of one call, and a batch makes many: leave it out")
+    return replace(config, progress=False)  # the batch has a bar of its own
+
+
+def _results(
+    work: "_Work",
+    wanted: Sequence[Prompt],
+    left: Sequence[Prompt],  # not yet finished; whoever shares them out gives each process its own
+    settings: Mapping[str, Any],
+    progress: bool,
+) -> Iterator[Result]:
+    folder = work.folder
+    with folder:
+        todo = {prompt.id for prompt in left}
+        finished = [folder.results[prompt.id] for prompt in wanted if prompt.id not in todo]
+        yield from finished
+        each = work.ses["ses_eval_budget"] or 1  # of the bar's steps
+        count, failed = len(finished), 0
+        with tqdm(
+            total=len(wanted) * each, initial=count * each, unit="preview", disable=not progress, smoothing=0.1
+        ) as bar:
+            for prompt in left:
+                bar.set_description(f"{count}/{len(wanted)} prompts, {failed} failed")
+                result = work.result(prompt, functools.partial(_advance, bar, count * each, each))
+                folder.add(result)
+                if result.status == DONE:
+                    folder.remove(folder.search(result.stem))
+                count, failed = count + 1, failed + (result.status == FAILED)
+                _advance(bar, count * each, each, 0)
+                yield result
+            bar.set_description(f"{count}/{len(wanted)} prompts, {failed} failed")
+        if left or not all(path.exists() for path in (folder.summary, folder.page)):
+            results = _in_order(folder.results, wanted)
+            summary = summarised(results) | {"settings": settings, "versions": _versions()}
+            text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+            folder.write(folder.summary, lambda path: path.write_text(text))
+            folder.write(folder.page, lambda path: write_page(path, folder.path, results, summary))
+
+
+def _advance(bar: Any, before: int, most: int, evaluations: int) -> None:
+    bar.update(before + min(evaluations, most) - bar.n)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done for one prompt."""
+
+    pipe: Any
+    folder: Folder
+    config: SESConfig
+    seed: int
+    call: Mapping[str, Any]
+    ses: Mapping[str, Any]  # the documented arguments
+
+    def result(self, prompt: Prompt, advance: Callable[[int], Any]) -> Result:
+        """Whatever the prompt raises is in the result. What the folder cannot take, and Ctrl-C, leave."""
+        result = Result(
+            id=prompt.id,
+            prompt=prompt.text,
+            status=FAILED,
+            seed=_seed(prompt, self.seed),
+            negative_prompt=prompt.negative_prompt,
+            width=prompt.width,
+            height=prompt.height,
+            columns=dict(prompt.columns),
+        )
+        try:
+            return self._done(prompt, result, advance)
+        except CannotWrite:
+            raise
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return replace(
+                result,
+                error=_utf8(f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]),
+                traceback=_utf8("".join(traceback.format_exception(error))[-MOST_CHARACTERS:]),
+            )
+
+    def _done(self, prompt: Prompt, result: Result, advance: Callable[[int], Any]) -> Result:
+        own = {name: getattr(prompt, name) for name in ("negative_prompt", "width", "height")}
+        arguments = {**self.call, **{name: value for name, value in own.items() if value is not None}}
+        call = functools.partial(self.pipe, prompt.text, seed=result.seed, **arguments)
+
+        begin = time.perf_counter()
+        base = _picture(call(enable_ses=False))
+        base_seconds = time.perf_counter() - begin
+        answer = _picture(self._searched(call, result.stem, advance))
+        found = self.pipe.ses_result
+        self.folder.write(self.folder.image(result.stem, base=True), functools.partial(base.save, format="PNG"))
+        self.folder.write(self.folder.image(result.stem), functools.partial(answer.save, format="PNG"))
+        seconds = {"base": base_seconds, **found.seconds}
+        seconds["total"] += base_seconds
+        return replace(
+            result,
+            status=DONE,
+            image=f"images/{result.stem}.png",
+            base_image=f"images/{result.stem}.base.png",
+            score=found.score,
+            base_score=_number(found.base_score),
+            held_out={
+                name: {"base": _number(held.base), "answer": _number(held.answer)}
+                for name, held in found.held_out.items()
+            },
+            evaluations=found.evaluations,
+            scores=[_number(evaluation.score) for evaluation in found.trace],
+            seconds=seconds,
+        )
+
+    def _searched(self, call: Callable[..., Any], stem: str, advance: Callable[[int], Any]) -> Any:
+        """The call's answer, from the state that an earlier run has left."""
+
+        def on_generation(found: SearchResult) -> None:
+            self.folder.save_search(stem, found)
+            advance(found.evaluations)
+            if self.config.on_generation is not None:
+                self.config.on_generation(found)
+
+        config = replace(self.config, on_generation=on_generation)
+        try:
+            saved = self.folder.saved_search(stem)
+            if saved is not None:
+                return call(enable_ses=True, ses_config=replace(config, state=saved.state), **self.ses)
+        except ValueError as error:
+            if hasattr(error, "ses_result"):  # the search went on, and then failed
+                raise
+            warn(f"the search that was kept in {self.folder.search(stem)} begins anew: {error}")
+        return call(enable_ses=True, ses_config=config, **self.ses)
+
+
+def summarised(results: Sequence[Result]) -> dict[str, Any]:
+    """What a batch has come to, as JSON: means over the prompts with finite scores, seconds, failures."""
+    done = [result for result in results if result.status == DONE]
+    held_out = {}
+    for name in sorted({name for result in done for name in result.held_out}):
+        held_out[name] = _means([result.held_out[name] for result in done if name in result.held_out])
+    stages: dict[str, float] = {}
+    for result in done:
+        for stage, seconds in result.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
+    return {
+        "prompts": len(results),
+        "done": len(done),
+        "failed": len(results) - len(done),
+        "search": _means([{"base": result.base_score, "answer": result.score} for result in done]),
+        "improved": sum(result.gain is not None and result.gain > 0 for result in done),
+        "held_out": held_out,
+        "seconds": stages,
+        "failures": [
+            {"id": result.id, "prompt": result.prompt, "error": result.error}
+            for result in results
+            if result.status == FAILED
+        ],
+    }
+
+
+def _means(pairs: Sequence[Mapping[str, float | None]]) -> dict[str, float | int | None]:
+    """Of the prompts whose two scores are finite: how many they are, their means, and the mean gain."""
+    both = [(two["base"], two["answer"]) for two in pairs if None not in two.values()]
+    n = len(both)
+    base, answer = (math.fsum(two[i] for two in both) / n if n else None for i in (0, 1))  # type: ignore[misc]
+    gain = None if base is None or answer is None else answer - base
+    return {"count": n, "base": base, "answer": answer, "gain": gain}
+
+
+def _in_order(results: Mapping[str, Result], wanted: Sequence[Prompt]) -> list[Result]:
+    """All that the folder holds: the wanted ones in their order, then those of earlier files."""
+    ids = dict.fromkeys([prompt.id for prompt in wanted if prompt.id in results] + list(results))
+    return [results[id] for id in ids]
+
+
+def _picture(output: Any) -> Any:
+    """The PIL image of a call: DiffSynth returns it, diffusers an object with several."""
+    image = getattr(output, "images", [output])[0]
+    if not hasattr(image, "save"):
+        raise ValueError(f"a batch keeps pictures, and the pipeline's call returns {type(image).__name__}")
+    return image
+
+
+def _seed(prompt: Prompt, default: int) -> int:
+    return default if prompt.seed is None else prompt.seed
+
+
+def _number(score: float | None) -> float | None:
+    """JSON has no infinity: null stands for a score that was not finite."""
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _utf8(text: str) -> str:
+    """An error's text may hold anything."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _versions() -> dict[str, str]:
+    return {"ses-fast": __version__, "torch": torch.__version__}

@@ -1,0 +1,386 @@
+"""Which previews can be trusted on a model that nobody has measured: `ses-fast calibrate`.
+
+The same noises at full fidelity and at each cheaper setting. What ranks them nearly alike, and costs less, is worth
+searching with. A race is judged by its own estimates, x0 after each step; a level by whether the low band decides what
+an image is worth.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from . import evolution, ops
+from .files import write_whole
+from .pipelines import Preview
+from .result import SearchResult
+from .scores import as_scores
+from .statistics import Interval, best, mean_of, overlap, pooled_correlation, spearman, worth
+from .studio import Studio, score_of
+from .tables import table
+
+ENOUGH = 0.8  # the rank correlation of a preview that is recommended
+WORTHWHILE = 1.1  # a race that is worth less is not
+SHARES = ((0.5,), (0.3,), (0.5, 0.2), (0.5, 0.3))  # of races that are tried on the measured scores
+FEWER = (0.25, 0.375, 0.5, 0.75)  # of the image's steps
+LEVELS = 4
+RELATIVES = 6  # noises a prompt whose bands are changed
+REFINED = range(6)
+EARLY = "x0 on the way"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to make previews."""
+
+    name: str
+    steps: int
+    preview: Preview = Preview()
+
+
+@dataclass
+class Look:
+    """What a setting, or x0 on the way, says of the noises: scores of each prompt, and seconds of an image."""
+
+    scores: list[list[float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, scores: Sequence[float], seconds: float) -> None:
+        self.scores.append(list(scores))
+        self.seconds.append(seconds)
+
+    def cost(self, full: "Look") -> float:
+        """Over that of a preview of full fidelity."""
+        return sum(self.seconds) / sum(full.seconds)
+
+
+@dataclass
+class Measured:
+    """All looks at the noises of the prompts."""
+
+    full: Look = field(default_factory=Look)
+    settings: dict[Setting, Look] = field(default_factory=dict)
+    early: dict[tuple[int, float], Look] = field(default_factory=dict)  # (step, sigma) -> x0 after that step
+    forward: list[float] = field(default_factory=list)  # seconds of a forward of one image
+    bands: dict[int, dict[str, list[list[float]]]] = field(default_factory=dict)  # level -> see `_bands`
+    refused: dict[str, str] = field(default_factory=dict)  # what this pipeline cannot do, and why
+
+
+def measure(studio: Studio, reward: Callable[[Tensor, str], Any], prompts: Sequence[str], noises: int) -> Measured:
+    """Raises ValueError for fewer than two noises."""
+    if noises < 2:
+        raise ValueError(f"noises of a prompt are compared with each other: at least 2, got {noises}")
+    found = Measured()
+    studio.search(prompts[0], 0, reward, 2, popsize=2, k_elites=1)  # a first search costs more than others
+    sigmas = [float(each) for each in getattr(studio.pipe.scheduler, "sigmas", ())[: studio.steps]]
+    for seed, prompt in enumerate(tqdm(prompts, desc="prompts")):
+        result = _full(studio, reward, prompt, seed, noises, sigmas, found)
+        guided = result.forwards["preview"] > noises * studio.steps
+        for setting in settings_of(studio.steps, guided):
+            if setting.name in found.refused:
+                continue
+            try:
+                cheap = _search(studio, reward, prompt, seed, noises, setting)
+            except ValueError as error:
+                if seed:
+                    raise
+                found.refused[setting.name] = str(error)
+                continue
+            look = found.settings.setdefault(setting, Look())
+            look.add([each.score for each in cheap.trace], _spent(cheap) / noises)
+        _bands(studio, reward, prompt, seed, result, found)
+    return found
+
+
+def settings_of(steps: int, guided: bool) -> list[Setting]:
+    """The cheaper settings that are tried."""
+    fewer = sorted({max(1, round(share * steps)) for share in FEWER} - {steps})
+    found = [Setting(f"{count} steps of {steps}", count) for count in fewer]
+    found.append(Setting("half the size", steps, Preview(scale=2)))
+    if steps > 1:
+        found.append(Setting(f"half the size, {max(1, steps // 2)} steps", max(1, steps // 2), Preview(scale=2)))
+    if guided:
+        found.append(Setting("without guidance", steps, Preview(cfg=False)))
+    return found
+
+
+def _search(
+    studio: Studio, reward: Callable[[Tensor, str], Any], prompt: str, seed: int, noises: int, setting: Setting
+) -> SearchResult:
+    """One generation of whole noises; the same for every setting."""
+    return studio.search(
+        prompt,
+        seed,
+        reward,
+        noises,
+        setting.steps,
+        strategy="random",
+        popsize=noises,
+        k_elites=1,
+        preview=setting.preview,
+    )[1]
+
+
+def _spent(result: SearchResult) -> float:
+    return sum(result.seconds[stage] for stage in ("denoise", "decode", "reward"))
+
+
+def _full(
+    studio: Studio,
+    reward: Callable[[Tensor, str], Any],
+    prompt: str,
+    seed: int,
+    noises: int,
+    sigmas: Sequence[float],
+    found: Measured,
+) -> SearchResult:
+    """Full fidelity, and x0 after each step by a race that stops nobody."""
+    steps = [step for step, sigma in enumerate(sigmas, start=1) if 0 < sigma < 1 and step < len(sigmas)]
+    race = [(sigmas[step - 1], 1 - 1e-6 * place) for place, step in enumerate(steps, start=1)]
+    if EARLY in found.refused:
+        steps, race = [], []
+    record = _Record(reward)
+    try:
+        result = _search(studio, record, prompt, seed, noises, Setting("", studio.steps, Preview(race=race or None)))
+    except ValueError as error:
+        if seed or not race:
+            raise
+        found.refused[EARLY] = str(error)
+        return _full(studio, reward, prompt, seed, noises, sigmas, found)
+    *early, full = record.scores
+    assert len(early) == len(steps) and all(len(each) == noises for each in record.scores)
+    forward = result.seconds["denoise"] / noises / studio.steps
+    look = (result.seconds["decode"] + result.seconds["reward"]) / noises / len(record.scores)
+    for step, scores in zip(steps, early, strict=True):
+        found.early.setdefault((step, sigmas[step - 1]), Look()).add(scores, step * forward + look)
+    found.full.add(full, studio.steps * forward + look)
+    found.forward.append(forward)
+    return result
+
+
+class _Record:
+    """A reward that keeps what it says, in order."""
+
+    def __init__(self, reward: Callable[[Tensor, str], Any]) -> None:
+        self.reward = reward
+        self.scores: list[list[float]] = []
+
+    def __call__(self, images: Tensor, prompt: str) -> Tensor:
+        scores = as_scores(self.reward(images, prompt), len(images), "the reward")
+        self.scores.append(scores.tolist())
+        return scores
+
+
+def _bands(
+    studio: Studio,
+    reward: Callable[[Tensor, str], Any],
+    prompt: str,
+    seed: int,
+    result: SearchResult,
+    found: Measured,
+) -> None:
+    """Scores of noises ("itself"), with the same low band and all else anew ("kept"), and with it alone anew."""
+    state, few = result.state, min(RELATIVES, len(result.trace))
+    noises = _noises(state, state.seed, few, include_base=True)
+    others = _noises(state, seed + 2**32, few, include_base=False)
+
+    def scores(candidates: Tensor) -> list[float]:  # [n, C, h, w]
+        pictures = [studio.search(prompt, seed, reward, 1, latents=each)[0] for each in candidates.split(1)]
+        return [score_of(reward, studio.tensor(picture), prompt) for picture in pictures]
+
+    for level in range(1, LEVELS + 1):
+        if min(noises.shape[-2:]) >> level < 2:
+            break
+        low, rest = ops.split_low_band(noises, level)
+        other_low, other_rest = ops.split_low_band(others, level)
+        rows = found.bands.setdefault(level, {"itself": [], "kept": [], "anew": []})
+        rows["itself"].append(found.full.scores[-1][:few])
+        rows["kept"].append(scores(ops.merge_low_band(other_rest, low, level).to(noises.dtype)))
+        rows["anew"].append(scores(ops.merge_low_band(rest, other_low, level).to(noises.dtype)))
+
+
+def _noises(state: evolution.SearchState, seed: int | None, count: int, include_base: bool) -> Tensor:
+    begun = evolution.start(state.base, state.config, seed=seed, include_base=include_base)
+    return evolution.ask(begun, count)[0]
+
+
+# ---------------------------------------------------------------- what follows
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to search with."""
+
+    setting: Setting | None  # the cheapest that ranks well enough
+    refine: int  # with it
+    setting_time: float  # to equal reward, over that at full fidelity
+    race: tuple[tuple[float, float], ...] | None  # (sigma, share) of each rung, at full size and steps
+    race_time: float
+    level: int | None
+
+    @property
+    def races(self) -> bool:
+        """Whether the race is the quicker of the two: both together are not measured."""
+        return self.race is not None and self.race_time < self.setting_time
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The quicker of the two, as `SESConfig.from_file` reads it."""
+        level = {} if self.level is None else {"dwt_level": self.level}
+        if self.races:
+            return {**level, "preview": {"race": [list(rung) for rung in self.race or ()]}}
+        preview = self.setting.preview if self.setting else Preview()
+        return {**level, "preview": {"scale": preview.scale, "cfg": preview.cfg, "refine": self.refine}}
+
+
+def advice(found: Measured) -> Advice:
+    """By the measured scores and seconds."""
+    enough = [
+        setting
+        for setting, look in found.settings.items()
+        if correlation(look, found.full).value >= ENOUGH and look.cost(found.full) < 1
+    ]
+    setting = min(enough, key=lambda each: found.settings[each].cost(found.full), default=None)
+    time, refine = math.inf, 0
+    if setting is not None:
+        time, refine = min((time_share(found.settings[setting], found.full, count), count) for count in REFINED)
+    race, worthwhile = max(races(found), key=lambda each: each[1], default=(None, 0.0))
+    if worthwhile < WORTHWHILE:
+        race, worthwhile = None, 1.0
+    level = max((level for level, rows in found.bands.items() if decides(rows)), default=None)
+    return Advice(setting, refine, time, race, 1 / worthwhile, level)
+
+
+def correlation(look: Look, full: Look) -> Interval:
+    """Spearman's with full fidelity, within a prompt."""
+    return mean_of([spearman(*pair) for pair in zip(look.scores, full.scores, strict=True)])
+
+
+def time_share(look: Look, full: Look, refine: int) -> float:
+    """The predicted time to equal reward, over that of a random search at full fidelity.
+
+    refine: so many of the best, and the base, are rendered in full again.
+    """
+    noises = len(full.scores[0])
+    picks = []
+    for cheap, true in zip(look.scores, full.scores, strict=True):
+        again = {*best(cheap, refine), 0} if refine else best(cheap, 1)
+        picks.append(max(true[i] for i in again))
+    finals = refine + 1 if refine else 1
+    return (noises * look.cost(full) + finals) / (worth(full.scores, picks) + 1)
+
+
+def races(found: Measured) -> list[tuple[tuple[tuple[float, float], ...], float]]:
+    """(the rungs, what the race is worth: full images whose best is as good, over those that its cost buys)."""
+    tried = []
+    for shares in SHARES:
+        for steps in itertools.combinations(sorted(found.early), len(shares)):
+            rungs = tuple((sigma, share) for (_, sigma), share in zip(steps, shares, strict=True))
+            tried.append((rungs, _race_worth(found, steps, shares)))
+    return tried
+
+
+def _race_worth(found: Measured, steps: Sequence[tuple[int, float]], shares: Sequence[float]) -> float:
+    full, noises = found.full, len(found.full.scores[0])
+    forward = sum(found.forward) / sum(full.seconds)  # in full images
+    look = found.early[steps[0]].cost(full) - steps[0][0] * forward
+    last = round((1 - look) / forward)
+    running, cost, done = [list(range(noises)) for _ in full.scores], 0.0, 0
+    for (step, sigma), share in zip(steps, shares, strict=True):
+        cost += len(running[0]) * ((step - done) * forward + look)
+        count, early = math.ceil(share * noises), found.early[step, sigma].scores
+        running = [
+            [ids[i] for i in best([rows[j] for j in ids], count)] for ids, rows in zip(running, early, strict=True)
+        ]
+        done = step
+    cost += len(running[0]) * ((last - done) * forward + look)
+    picks = [max(true[i] for i in ids) for ids, true in zip(running, full.scores, strict=True)]
+    return worth(full.scores, picks) / cost
+
+
+def band_correlations(rows: Mapping[str, list[list[float]]]) -> tuple[Interval, Interval]:
+    """(of noises that share the low band alone, of those that share all else), within a prompt."""
+
+    kept, anew = (pooled_correlation(rows["itself"], rows[which]) for which in ("kept", "anew"))
+    return kept, anew
+
+
+def decides(rows: Mapping[str, list[list[float]]]) -> bool:
+    """Whether the low band says more of an image's reward than all the rest."""
+    kept, anew = band_correlations(rows)
+    return kept.value > abs(anew.value)
+
+
+def markdown(found: Measured, told: Advice, about: Mapping[str, Any]) -> str:
+    """The report."""
+    full, noises = found.full, len(found.full.scores[0])
+    top = max(1, noises // 5)
+    words = ", ".join(f"{name} {value}" for name, value in about.items())
+    parts = [
+        "# Previews against full fidelity",
+        f"{words}; {len(full.scores)} prompts, {noises} noises each. Spearman's correlation is the mean within a "
+        "prompt; [..] holds it with 95 %. Time: predicted, to the reward of a random search at full fidelity, over its "
+        "time, with so many of the best rendered in full again.",
+    ]
+    columns = ("preview", "cost", "Spearman's correlation", f"of the best {top} kept", "time")
+    looks = [(setting.name, look) for setting, look in found.settings.items()]
+    looks += [(f"x0 after step {step}, sigma {sigma:.3f}", look) for (step, sigma), look in sorted(found.early.items())]
+    rows = []
+    for name, look in looks:
+        refine = min(REFINED, key=lambda count, look=look: time_share(look, full, count))  # type: ignore[misc]
+        kept = mean_of([overlap(true, cheap, top) for cheap, true in zip(look.scores, full.scores, strict=True)])
+        time = f"{time_share(look, full, refine):.2f} (refine={refine})"
+        rows.append([name, f"{look.cost(full):.2f}", _interval(correlation(look, full)), _interval(kept), time])
+    parts.append(table(columns, rows))
+    parts += [f"Not possible here: {name}. {why}." for name, why in found.refused.items()]
+    if tried := sorted(races(found), key=lambda each: -each[1])[:3]:
+        best_races = [[", ".join(f"{s:.3f}: {share:g}" for s, share in rungs), f"{x:.2f}"] for rungs, x in tried]
+        parts += ["The best races, of all that these estimates allow:", table(("sigma: share", "worth"), best_races)]
+    if found.bands:
+        bands = [
+            [str(level), *map(_interval, band_correlations(each)), "yes" if decides(each) else "no"]
+            for level, each in found.bands.items()
+        ]
+        kinds = ("level", "the same low band, all else anew", "the low band alone anew", "it decides")
+        parts += ["Correlation of an image's reward with that of one with", table(kinds, bands)]
+    return "\n\n".join([*parts, *_sentences(told)])
+
+
+def _sentences(told: Advice) -> list[str]:
+    lines = []
+    if told.setting is None:
+        lines.append(f"No cheaper setting ranks with a correlation of {ENOUGH}: keep previews at full fidelity.")
+    else:
+        lines.append(
+            f"Recommended previews: {told.setting.name}, refine={told.refine}, in a call with "
+            f"ses_inference_steps={told.setting.steps}: predicted time {told.setting_time:.2f}."
+        )
+    if told.race:
+        lines.append(
+            f"Recommended race, of full size and steps: {list(told.race)}: predicted time {told.race_time:.2f}."
+        )
+    else:
+        lines.append("No race is worth its looks.")
+    if told.race and told.setting:
+        lines.append(f"Written is the {'race' if told.races else 'setting'}: both together are not measured.")
+    if told.level is None:
+        lines.append("At no level does the low band decide: compare a strategy of the whole noise.")
+    else:
+        lines.append(f"Recommended dwt_level: {told.level}, the coarsest whose low band decides.")
+    return lines
+
+
+def _interval(interval: Interval) -> str:
+    return "unknown" if math.isnan(interval.value) else "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
+
+
+def write(told: Advice, report: str, out: Path) -> None:
+    """The settings to `out`, and the report beside it."""
+    write_whole(out, lambda file: file.write_text(json.dumps(told.settings, indent=1) + "\n"))
+    write_whole(out.with_suffix(".md"), lambda file: file.write_text(report + "\n"))

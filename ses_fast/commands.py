@@ -1,0 +1,187 @@
+"""What `ses-fast compare` and `ses-fast calibrate` were asked to do, checked, and the work itself."""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .job import EMBEDDED, MODELS, check_writable, checked_prompt, known, load_reward
+from .prompts import read_prompts
+from .studio import Studio
+
+HELDOUT = "heldout"  # in place of a file: all captions that the embedded model was never trained on
+TASKS = {"clip": "clip", "embedded": "clip", "jpeg": "jpeg"}  # of the embedded model -> what its own reward is called
+# What is asked for where an option is left out: without --quick, and with it.
+USUAL: dict[str, Any] = {"budgets": "10,20,30,50", "seeds": 1, "rounds": 3, "minutes": 60.0, "methods": None}
+QUICK: dict[str, Any] = {"budgets": "10,20", "seeds": 1, "rounds": 1, "minutes": 3.5, "methods": "quick"}
+
+
+def prepare_compare(args: argparse.Namespace) -> Callable[[], None]:
+    """Checks the arguments of `compare`. The models are loaded by the work, in each of its processes."""
+    model = known_model(args)
+    tasks = tuple((args.tasks or args.reward or ("clip,jpeg" if model == "embedded" else "pick")).split(","))
+    held_out = args.report_reward or ("embedded_heldout" if model == "embedded" else None)
+    for name in tasks if held_out is None else (*tasks, held_out):
+        _known_reward(model, name)
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"--tasks names one twice: {', '.join(tasks)}")
+    from . import compare, report  # noqa: F401  (report: so that a missing package is said before any work)
+    from .methods import METHODS
+    from .methods import QUICK as FEW
+
+    prompts = _prompts(args.prompts, model)
+    if model == "embedded":
+        from .embedded.world import parse
+
+        for prompt in prompts:
+            parse(prompt)  # else the oracle could not judge its images
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
+    given = vars(args) | {
+        name: usual if getattr(args, name) is None else getattr(args, name)
+        for name, usual in (QUICK if args.quick else USUAL).items()
+    }
+    methods = given["methods"]
+    size = _size(args)
+    plan = compare.Plan(
+        prompts=prompts,
+        tasks=tasks,
+        budgets=_numbers(given["budgets"]),
+        seeds=given["seeds"],
+        methods=FEW if methods == "quick" else tuple(methods.split(",")) if methods else tuple(METHODS),
+        about=_about(model, args.steps, size) | {"held-out": held_out or "none"},
+    )
+    check_writable(args.out, compare.WRITTEN)
+    compare.open_folder(args.out, plan)  # another comparison's folder is refused before anything is loaded
+    workers = args.workers or compare.usual_workers()
+    load = partial(open_studio, model, tasks, held_out, args.steps, size)
+    return partial(_compare, load, plan, args.out, workers, given["rounds"], given["minutes"])
+
+
+def _compare(load: Callable[[], Studio], plan: Any, out: Path, workers: int, rounds: int, minutes: float) -> None:
+    from . import compare, tables
+
+    figures = compare.run(load, plan, out, workers=workers, rounds=rounds, minutes=minutes)
+    print(tables.markdown(figures))
+    print(f"\nwritten to {out}: {' '.join(compare.WRITTEN)}")
+    done = sum(len(half["prompts"]) for halves in figures["tasks"].values() for half in halves.values())
+    if done < len(plan.prompts) * len(plan.tasks):
+        print(
+            f"{done} of {len(plan.prompts)} x {len(plan.tasks)} prompts and tasks were done in {minutes:g} minutes: "
+            "the same command goes on from here",
+            file=sys.stderr,
+        )
+
+
+def prepare_calibrate(args: argparse.Namespace) -> Callable[[], None]:
+    """Checks the arguments of `calibrate` and loads what they name."""
+    model = known_model(args)
+    reward = args.reward or ("embedded" if model == "embedded" else "pick")
+    _known_reward(model, reward)
+    prompts, size = _prompts(args.prompts, model), _size(args)
+    if args.out.suffix == ".md":
+        raise ValueError("--out is the JSON file of settings; the report is written beside it as .md")
+    check_writable(args.out.parent, (args.out.name, args.out.with_suffix(".md").name))
+    studio = open_studio(model, (reward,), None, args.steps, size)
+    about = _about(model, args.steps, size) | {"reward": reward}
+    return partial(_calibrate, studio, reward, prompts, args.noises, about, args.out)
+
+
+def _calibrate(
+    studio: Studio, reward: str, prompts: Sequence[str], noises: int, about: Mapping[str, Any], out: Path
+) -> None:
+    from . import calibrate
+
+    found = calibrate.measure(studio, studio.rewards[reward], prompts, noises)
+    told = calibrate.advice(found)
+    report = calibrate.markdown(found, told, about)
+    calibrate.write(told, report, out)
+    print(report)
+    print(f"\nwritten to {out} (SESConfig.from_file reads it) and {out.with_suffix('.md')}")
+
+
+def open_studio(model: str, tasks: Sequence[str], held_out: str | None, steps: int, size: Mapping[str, int]) -> Studio:
+    """The model and the rewards that are named, loaded."""
+    from . import embedded, pipelines
+
+    def loaded(name: str) -> Any:
+        if model == "embedded" and name in TASKS:
+            return embedded.load_reward(TASKS[name])
+        return load_reward(name, None)
+
+    return Studio(
+        pipe=pipelines.enable(MODELS[model]()),
+        rewards={name: loaded(name) for name in tasks},
+        steps=steps,
+        held_out=None if held_out is None else loaded(held_out),
+        judge=(lambda image, prompt: embedded.judge(image, prompt)["all"]) if model == "embedded" else None,
+        arguments={"progress_bar_cmd": _quiet, **size},
+    )
+
+
+def _quiet(steps: Any) -> Any:  # in place of a progress bar
+    return steps
+
+
+def known_model(args: argparse.Namespace) -> str:
+    known("model", args.model, MODELS)
+    if args.model == "embedded":
+        from .embedded.pipeline import check_size
+
+        check_size(args.height or 1, args.width or 1)
+    return args.model
+
+
+def _known_reward(model: str, name: str) -> None:
+    from .rewards import known_name
+
+    if model == "embedded" and (name in TASKS or name in EMBEDDED):
+        return
+    if name in EMBEDDED:
+        raise ValueError(
+            f"the reward {name!r} knows only the embedded model's captions: name another, for example pick"
+        )
+    known_name(name)
+
+
+def _prompts(source: str, model: str) -> tuple[str, ...]:
+    """Those of a file, or held-out captions of the embedded model: all, or so many of the first."""
+    if source != HELDOUT and not source.isdecimal():
+        return tuple(checked_prompt(each.text) for each in read_prompts(source))
+    if model != "embedded":
+        raise ValueError(f"{source!r} names captions of the embedded model: give a file of prompts for {model}")
+    from .embedded import captions
+
+    all_captions = captions()
+    count = len(all_captions) if source == HELDOUT else int(source)
+    if not 1 <= count <= len(all_captions):
+        raise ValueError(f"there are 1 to {len(all_captions)} held-out captions, not {count}")
+    return tuple(all_captions[:count])
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(each) for each in text.split(","))
+    except ValueError:
+        raise ValueError(f"--budgets must be whole numbers, as 10,20,50; got {text!r}") from None
+
+
+def _size(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
+
+
+def _about(model: str, steps: int, size: Mapping[str, int]) -> dict[str, Any]:
+    """What figures are of. The embedded model's weights are told apart, since they are trained anew."""
+    about = {"model": model, "steps": steps, **size, "ses-fast": __version__}
+    if model == "embedded":
+        from .embedded import WEIGHTS
+
+        digest = hashlib.sha256()
+        for path in sorted(WEIGHTS.rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+        about["weights"] = digest.hexdigest()[:12]
+    return about

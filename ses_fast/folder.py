@@ -1,0 +1,347 @@
+"""The folder of a batch: what is in it, who may work in it, and what a kill at any moment leaves of it.
+
+    batch.json           the settings, which every run in this folder shares
+    results.jsonl        a line a prompt that ended; of several with one id the last counts
+    images/              NAME.png, the answer, and NAME.base.png, the image without search
+    searches/            NAME.safetensors, a search under way, after its last complete generation
+    summary.json, index.html
+
+Every file but results.jsonl appears whole. There a line is on the disk before the next prompt begins, and a last line
+that was cut off is dropped. What cannot be written is an error of the folder, not of the prompt.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import missing_extra
+from .files import write_whole
+from .prompts import Prompt, file_stem
+from .result import SearchResult
+
+FOLDER_FORMAT = 1  # raised when an old folder could no longer be gone on with
+DONE, FAILED = "done", "failed"
+
+
+class CannotWrite(OSError):
+    """The folder takes no more: the disk is full, or it may not be written to. The same command goes on later."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one prompt: a line of results.jsonl. A score that was not finite is None."""
+
+    id: str
+    prompt: str
+    status: str  # DONE or FAILED
+    seed: int
+    negative_prompt: str | None = None
+    width: int | None = None  # None: the call's
+    height: int | None = None
+    image: str | None = None  # within the folder
+    base_image: str | None = None
+    score: float | None = None
+    base_score: float | None = None
+    held_out: dict[str, dict[str, float | None]] = field(default_factory=dict)  # name -> "base", "answer"
+    evaluations: int = 0
+    scores: list[float | None] = field(default_factory=list)  # in order
+    seconds: dict[str, float] = field(default_factory=dict)  # of the run that ended it, by stage
+    error: str | None = None  # of a failed one
+    traceback: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)  # the prompt file's further ones
+
+    @property
+    def gain(self) -> float | None:
+        """How much higher the answer scores than the image without search."""
+        return None if self.score is None or self.base_score is None else self.score - self.base_score
+
+    @property
+    def stem(self) -> str:
+        return file_stem(self.id, self.prompt)
+
+    def is_of(self, prompt: Prompt, seed: int) -> bool:
+        """Whether the prompt, with its seed, still is what this is the result of."""
+        mine = self.prompt, self.negative_prompt, self.seed, self.width, self.height
+        return mine == (prompt.text, prompt.negative_prompt, seed, prompt.width, prompt.height)
+
+    @staticmethod
+    def from_json(value: Any) -> "Result":
+        """Raises ValueError for what no batch has written."""
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        kinds = {each.name: KINDS[each.name] for each in fields(Result)}
+        if missing := kinds.keys() - value.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if unknown := value.keys() - kinds.keys():
+            raise ValueError(f"it has {', '.join(sorted(unknown))}, which no result has")
+        for name, fits in kinds.items():
+            if not fits(value[name]):
+                raise ValueError(f"its {name} is {value[name]!r:.100}")
+        result = Result(**value)
+        images = [f"images/{result.stem}{end}" for end in (".png", ".base.png")]
+        if result.status == DONE and [result.image, result.base_image] != images:
+            raise ValueError(f"its images are not {' and '.join(images)}")
+        return result
+
+
+Fits = Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _or_none(fits: Fits) -> Fits:
+    return lambda value: value is None or fits(value)
+
+
+def _list_of(fits: Fits) -> Fits:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _dict_of(fits: Fits) -> Fits:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_two(value: Any) -> bool:
+    return _dict_of(_or_none(_is_number))(value) and value.keys() == {"base", "answer"}
+
+
+# A field of `Result` -> whether a value read from the disk fits it.
+KINDS: dict[str, Fits] = {
+    "id": _is_text,
+    "prompt": _is_text,
+    "status": lambda value: value in (DONE, FAILED),
+    "seed": _is_count,
+    "negative_prompt": _or_none(_is_text),
+    "width": _or_none(_is_count),
+    "height": _or_none(_is_count),
+    "image": _or_none(_is_text),
+    "base_image": _or_none(_is_text),
+    "score": _or_none(_is_number),
+    "base_score": _or_none(_is_number),
+    "held_out": _dict_of(_is_two),
+    "evaluations": _is_count,
+    "scores": _list_of(_or_none(_is_number)),
+    "seconds": _dict_of(_is_number),
+    "error": _or_none(_is_text),
+    "traceback": _or_none(_is_text),
+    "columns": lambda value: isinstance(value, dict),
+}
+
+
+class Folder:
+    """The folder at `path`, which this process alone works in until `close`.
+
+    settings: what every run in it shares, as JSON. restart: what an earlier batch left is removed first.
+
+    Raises ValueError where another process works in it, where an earlier batch had other settings (the message says
+    which), and for a file that no batch has written; CannotWrite where it cannot be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.path = Path(path)
+        self.results: dict[str, Result] = {}  # by id, the last of each
+        with self._writing(self.path):
+            for folder in (self.path, self.images, self.searches):
+                folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        try:
+            self._tidy(restart)
+            self._share(settings)
+            self._read()
+            self._forget_finished()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def searches(self) -> Path:
+        return self.path / "searches"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "index.html"
+
+    @property
+    def _record(self) -> Path:
+        return self.path / "results.jsonl"
+
+    @property
+    def _settings(self) -> Path:
+        return self.path / "batch.json"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others work in it."""
+        self._lock.release()
+
+    def image(self, stem: str, base: bool = False) -> Path:
+        return self.images / f"{stem}{'.base' if base else ''}.png"
+
+    def search(self, stem: str) -> Path:
+        return self.searches / f"{stem}.safetensors"
+
+    def finished(self, prompt: Prompt, seed: int) -> bool:
+        """Whether the prompt is done and its images are there. Raises ValueError where its id is another prompt's."""
+        result = self.results.get(prompt.id)
+        if result is None or result.status != DONE:
+            return False
+        if not result.is_of(prompt, seed):
+            raise ValueError(
+                f"line {prompt.line}: the id {prompt.id!r:.100} is in {self._record} already, with another prompt, "
+                "seed or size: give it another id, or start again with --restart (restart=True)"
+            )
+        return self.image(result.stem).is_file() and self.image(result.stem, base=True).is_file()
+
+    def write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """`write_whole`. Raises CannotWrite where that fails."""
+        with self._writing(path):
+            write_whole(path, write)
+
+    def save_search(self, stem: str, found: SearchResult) -> None:
+        """Keeps a search under way; a kill leaves the one before it or this one."""
+        with self._writing(self.search(stem)):
+            found.save(self.search(stem))
+
+    def saved_search(self, stem: str) -> SearchResult | None:
+        """The search that was kept, if there is one. Raises ValueError for a file that cannot be gone on with."""
+        path = self.search(stem)
+        return SearchResult.load(path) if path.exists() else None
+
+    def remove(self, path: Path) -> None:
+        with self._writing(path):
+            path.unlink(missing_ok=True)
+
+    def add(self, result: Result) -> None:
+        """Puts a line in results.jsonl; it is on the disk when this returns."""
+        line = json.dumps(asdict(result), allow_nan=False) + "\n"
+        with self._writing(self._record), self._record.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.results[result.id] = result
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        # safetensors has an error of its own for a full disk; nothing but writing happens inside
+        try:
+            yield
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CannotWrite(f"cannot write {path}: {reason}") from error
+
+    def _locked(self) -> Any:
+        try:
+            from filelock import FileLock, Timeout
+        except ModuleNotFoundError as error:
+            raise missing_extra("filelock", "batch") from error
+        # The operating system's lock: it ends with its owner, however that ends.
+        lock = FileLock(self.path / ".lock", blocking=False, thread_local=False)
+        try:
+            with self._writing(self.path / ".lock"):
+                lock.acquire()
+        except CannotWrite as error:
+            if not isinstance(error.__cause__, Timeout):
+                raise
+            raise ValueError(f"another process works in {self.path}: wait for it, or give another folder") from None
+        return lock
+
+    def _tidy(self, restart: bool) -> None:
+        """Removes what a killed run left half-written, and with restart all that a batch has made."""
+        left = [part for folder in (self.path, self.images, self.searches) for part in folder.glob(".*.part")]
+        if restart and self._settings.exists():
+            # The results first: what a kill leaves in between is a batch without them, which begins anew.
+            left += [self._record, self.summary, self.page]
+            left += [*self.searches.glob("*.safetensors"), *self.images.glob("*.png"), self._settings]
+        for path in left:
+            self.remove(path)
+
+    def _share(self, settings: Mapping[str, Any]) -> None:
+        now = {"format": FOLDER_FORMAT, **json.loads(json.dumps(settings))}
+        if not self._settings.exists():
+            if self._record.exists():
+                raise ValueError(f"{self._record} is there, and {self._settings.name} is not: give another folder")
+            self.write(self._settings, lambda path: path.write_text(json.dumps(now, indent=1) + "\n"))
+            return
+        try:
+            was = json.loads(self._settings.read_text("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self._settings} is no batch's: {error}. Give another folder") from None
+        if others := list(_differences(was, now)):
+            which = "; ".join(f"{name} was {before!r:.200}, and now is {here!r:.200}" for name, before, here in others)
+            raise ValueError(
+                f"{self.path} holds a batch with other settings: {which}. Give another folder, or start again with "
+                "--restart (restart=True)"
+            )
+
+    def _read(self) -> None:
+        """Takes up results.jsonl, and drops a last line that was cut off."""
+        if not self._record.exists():
+            return
+        *lines, rest = self._record.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                self._take(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{self._record}, line {number}, is no result of a batch: {error}. Mend or remove the line"
+                ) from None
+        if not rest:
+            return
+        with self._writing(self._record):
+            try:
+                self._take(rest)
+            except (ValueError, RecursionError):
+                os.truncate(self._record, self._record.stat().st_size - len(rest))
+            else:  # it lacks its end alone
+                with self._record.open("ab") as file:
+                    file.write(b"\n")
+
+    def _forget_finished(self) -> None:
+        """Removes the searches of prompts that a kill found done, and their searches still there."""
+        done = {result.stem for result in self.results.values() if result.status == DONE}
+        for path in self.searches.glob("*.safetensors"):
+            if path.stem in done:
+                self.remove(path)
+
+    def _take(self, line: bytes) -> None:
+        result = Result.from_json(json.loads(line.decode("utf-8-sig")))
+        self.results[result.id] = result
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of each setting that differs, by its dotted name."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        if was != now:
+            yield name or "all", was, now
+        return
+    for each in sorted(was.keys() | now.keys()):
+        yield from _differences(was.get(each), now.get(each), f"{name}.{each}" if name else each)

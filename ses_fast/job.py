@@ -1,0 +1,171 @@
+"""What a command that searches was asked to do, checked, and the models and rewards that it names."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = {"embedded": False, "embedded_heldout": True}  # the embedded model's rewards -> heldout=
+# An option of the command -> the setting of SESConfig that it takes the place of.
+SEARCH = {
+    "popsize": "popsize",
+    "elites": "k_elites",
+    "wavelet": "wavelet_name",
+    "level": "dwt_level",
+    "batch_size": "batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every prompt of a command has in common."""
+
+    model: str
+    reward: str
+    reward_weights: str | None
+    report_rewards: tuple[str, ...]
+    seed: int
+    steps: int
+    preview_steps: int
+    budget: int
+    size: dict[str, Any]  # height and width, where given
+    config: Any  # the SESConfig, as yet without report_rewards
+    out: Path
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> "Job":
+        """Raises ValueError for bad arguments, and OSError for a file that is not there, before anything is loaded."""
+        known("model", args.model, MODELS)
+        reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
+        report = tuple(args.report_reward or ())
+        from .rewards import known_name
+
+        for name in (reward, *report):
+            if name not in EMBEDDED:
+                known_name(name)
+            if name in EMBEDDED and args.model != "embedded":
+                raise ValueError(
+                    f"the reward {name!r} knows only the embedded model's captions: name another, for example pick"
+                )
+        if reward in EMBEDDED and args.reward_weights:
+            raise ValueError("--reward-weights: the embedded reward has its own weights")
+        if args.model == "embedded":
+            from .embedded.pipeline import check_size
+
+            check_size(args.height or 1, args.width or 1)
+        return Job(
+            model=args.model,
+            reward=reward,
+            reward_weights=args.reward_weights,
+            report_rewards=report,
+            seed=args.seed,
+            steps=args.steps,
+            preview_steps=args.preview_steps or args.steps,
+            budget=args.budget,
+            size={name: getattr(args, name) for name in ("height", "width") if getattr(args, name)},
+            config=_config(args),
+            out=args.out,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As JSON, without the folder."""
+        names = ("model", "reward", "reward_weights", "report_rewards", "seed", "steps", "preview_steps", "budget")
+        return self.config.settings() | {name: getattr(self, name) for name in names} | self.size
+
+    def load(self) -> tuple[Any, Any, Any]:
+        """(the enabled pipeline, the reward, the SESConfig with the rewards to report)."""
+        from . import pipelines
+
+        reward = load_reward(self.reward, self.reward_weights)
+        held_out = {name: load_reward(name, None) for name in self.report_rewards}
+        return pipelines.enable(MODELS[self.model]()), reward, replace(self.config, report_rewards=held_out)
+
+
+def _config(args: argparse.Namespace) -> Any:
+    """The settings of --config, with those of the command's own options in their place."""
+    from .pipelines import SESConfig
+
+    config = SESConfig.from_file(args.config) if args.config else SESConfig()
+    given = {name: getattr(args, option) for option, name in SEARCH.items() if getattr(args, option) is not None}
+    return replace(config, **given)
+
+
+def _embedded_model() -> Any:
+    from .embedded import load_pipeline
+
+    return load_pipeline()
+
+
+def _z_image_turbo() -> Any:
+    from .errors import missing_extra
+
+    try:
+        from ._torchvision import declare_torchvision_ops
+
+        declare_torchvision_ops()
+        from diffsynth.pipelines.z_image import ModelConfig, ZImagePipeline
+    except ModuleNotFoundError as error:
+        raise missing_extra("diffsynth", "diffsynth") from error
+
+    patterns = (
+        "transformer/*.safetensors",
+        "text_encoder/*.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    )
+    configs = [ModelConfig(model_id="Tongyi-MAI/Z-Image-Turbo", origin_file_pattern=pattern) for pattern in patterns]
+    try:
+        return ZImagePipeline.from_pretrained(model_configs=configs)
+    except OSError as error:
+        raise OSError(
+            "cannot load Tongyi-MAI/Z-Image-Turbo: no copy in ./models (or DIFFSYNTH_MODEL_BASE_PATH) and none to be "
+            f"downloaded now ({type(error).__name__}). Download it once where there is a network"
+        ) from error
+
+
+MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-turbo": _z_image_turbo}
+
+
+def load_reward(name: str, weights: str | None) -> Any:
+    """A reward by a name that the command takes."""
+    if name in EMBEDDED:
+        from .embedded import load_reward as load_embedded
+
+        return load_embedded(heldout=EMBEDDED[name])
+    from .rewards import load_reward
+
+    return load_reward(name, weights=weights)
+
+
+def known(kind: str, name: str, names: Collection[str]) -> None:
+    """Raises ValueError for a name that is none of `names`."""
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}; the known ones are {', '.join(sorted(names))}")
+
+
+def checked_prompt(prompt: str) -> str:
+    """The prompt. Raises ValueError for an empty one, and for bytes that are no text."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid UTF-8 text") from None
+    return prompt
+
+
+def check_writable(folder: Path, names: Sequence[str] = ()) -> None:
+    """Raises ValueError where the folder cannot be made or written to, or holds a folder of one of the names."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
+    for name in names:
+        target = Path(os.path.realpath(folder / name))
+        if target.is_dir() or not target.parent.is_dir():
+            reason = "it is a folder" if target.is_dir() else "it is a link into a folder that is not there"
+            raise ValueError(f"cannot write {folder / name}: {reason}")

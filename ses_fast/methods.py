@@ -1,0 +1,89 @@
+"""What `ses-fast compare` compares: a line each, to be added and deleted freely."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .pipelines import Preview
+from .strategies import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to find an image for a prompt."""
+
+    name: str
+    what: str
+    strategy: str | None = "ses"  # None: without a search
+    level: int | str = "auto"
+    steps: float = 1.0  # of a preview, as a share of the image's
+    preview: Preview = Preview()
+    batch_size: int | str = "auto"
+    popsize: int = 10
+    documented: bool = False  # the installed ses_search in the documented flow
+    scores_of: str | None = None  # the method whose answers it gives, up to rounding: only its time is its own
+
+    def shows_its_image(self, budgets: Sequence[int]) -> bool:
+        """Whether the best preview at each of the budgets is the final image already."""
+        cheap = self.preview
+        if self.steps != 1 or cheap.scale != 1 or not cheap.cfg or cheap.refine:
+            return False
+        # A race's generation that ends early is another race.
+        return cheap.race is None or all(budget % self.popsize == 0 for budget in budgets)
+
+
+NOTHING = Method("no search", "the seed's own noise", strategy=None)
+REFERENCE = Method(
+    "reference", "the installed ses_search in the documented flow, one preview at a time", documented=True
+)
+SES = Method("ses", "the reference's search, batched")
+RANDOM = Method("random", "best of N whole noises", strategy="random")
+CONTROLS = (
+    Method("cem whole noise", "the reference's search of all numbers", level=0),
+    Method("cem high band", "the reference's search of as many high ones (a control)", strategy="high_band"),
+    Method("zero-order", "neighbours of the best at one distance", strategy="zero_order"),
+)
+
+BEST = "two_stage"  # the strategy of those with cheap previews
+STRATEGY = Method(BEST, f"strategy {BEST}", strategy=BEST)
+_KNOWN = {"ses", "random", "high_band", "zero_order", BEST}
+OTHERS = tuple(Method(name, f"strategy {name}", strategy=name) for name in STRATEGIES if name not in _KNOWN)
+
+# Best of N with cheap drafts and refinement: the scheme of Flash-BoN (arXiv 2607.04461) with what is here.
+DRAFTS = (
+    Method("best of N raced", "whole noises in a race", strategy="random", preview=Preview(race="auto")),
+    Method(
+        "best of N drafts",
+        "whole noises in half the steps, the best 3 in full",
+        strategy="random",
+        steps=0.5,
+        preview=Preview(refine=3),
+    ),
+)
+CHEAP = (
+    replace(STRATEGY, name="+ race", what=f"{BEST}, raced", preview=Preview(race="auto")),
+    replace(STRATEGY, name="+ scale", what=f"{BEST}, half the size, the best 3 in full", preview=Preview(2, refine=3)),
+    replace(
+        STRATEGY,
+        name="+ refine",
+        what=f"{BEST}, half the steps, the best 3 in full",
+        steps=0.5,
+        preview=Preview(refine=3),
+    ),
+)
+MIX = replace(
+    STRATEGY, name="mix", what=f"{BEST}, half the size, raced, the best 3 in full", preview=Preview(2, "auto", refine=3)
+)
+# The mix without one of its parts.
+PARTS = {
+    "batches and linears": replace(MIX, name="mix - batches", what="one by one", batch_size=1, scores_of="mix"),
+    "strategy": replace(MIX, name="mix - strategy", what="the reference's strategy", strategy="ses"),
+    "race": replace(MIX, name="mix - race", what="no race", preview=Preview(2, refine=3)),
+    "scale": replace(MIX, name="mix - scale", what="full size", preview=Preview(race="auto", refine=3)),
+    "refine": replace(MIX, name="mix - refine", what="no refinement", preview=Preview(2, "auto")),
+}
+
+METHODS = {
+    method.name: method
+    for method in (NOTHING, REFERENCE, RANDOM, SES, *CONTROLS, STRATEGY, *OTHERS, *DRAFTS, *CHEAP, MIX, *PARTS.values())
+}
+QUICK = ("no search", "reference", "random", "ses", BEST, "best of N raced", "mix")

@@ -1,0 +1,433 @@
+"""Comparison and calibration on a tiny FLUX.1 pipeline with random weights, and their figures on made-up lines."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import brightness, tiny_flux
+
+import ses_fast
+from ses_fast import calibrate, cli, commands, compare, job, tables
+from ses_fast.methods import METHODS, MIX, PARTS
+from ses_fast.pipelines import Preview, SESConfig
+from ses_fast.pipelines.diffsynth.documented import Flow
+from ses_fast.studio import Studio, score_of
+
+PROMPT = "a red fox"
+SIZE = {"height": 64, "width": 64, "progress_bar_cmd": list}
+
+
+def redness(images, prompt):
+    return images[:, 0].float().mean((1, 2)) - images[:, 2].float().mean((1, 2))
+
+
+@pytest.fixture(scope="module")
+def studio():
+    pipe = ses_fast.enable(tiny_flux())
+    return Studio(pipe, {"brightness": brightness}, steps=4, held_out=redness, arguments=SIZE)
+
+
+@pytest.fixture
+def plan():
+    methods = ("no search", "reference", "random", "mix", "mix - batches")
+    return compare.Plan((PROMPT, "a blue owl"), ("brightness",), (2, 3), seeds=2, methods=methods)
+
+
+# ---------------------------------------------------------------- one method
+
+
+@pytest.mark.parametrize("name", ["random", "best of N raced"])
+def test_previews_that_are_final_images_are_taken_as_the_answers(studio, name):
+    method, budgets = METHODS[name], (10, 20)
+    assert method.shows_its_image(budgets)
+    shown = compare.answers(studio, method, PROMPT, 0, "brightness", budgets)
+    rendered = [image for image, _ in compare._searched(studio, method, PROMPT, 0, "brightness", budgets)]
+    for one, other in zip(shown, rendered, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02)  # a picture has whole grey levels
+    alone = studio.search(PROMPT, 0, brightness, 10, strategy=method.strategy, preview=method.preview)[0]
+    torch.testing.assert_close(rendered[0], studio.tensor(alone), rtol=0, atol=0)
+
+
+def test_what_makes_its_image_anew_says_so():
+    assert not METHODS["best of N raced"].shows_its_image((4, 10)), "a generation that is cut short is another race"
+    assert METHODS["ses"].shows_its_image((4, 10))
+    assert not any(METHODS[name].shows_its_image((10,)) for name in ("best of N drafts", "+ scale", "+ refine", "mix"))
+
+
+def test_the_reference_is_the_installed_search(studio):
+    images, seconds = compare._documented(studio, PROMPT, 5, "brightness", (2, 4), final=True)
+    flow = Flow(tiny_flux(), PROMPT, seed=5, num_inference_steps=4, **SIZE)
+    torch.manual_seed(5)
+    noise = flow.search(lambda picture: score_of(brightness, studio.tensor(picture), PROMPT), 4, level=1)
+    assert torch.equal(images[1], studio.tensor(flow.final(noise)))
+    assert score_of(brightness, images[0], PROMPT) == max(flow.scores[:2])
+    assert 0 < seconds[0] < seconds[1]
+    assert type(studio.pipe) is not type(tiny_flux()), "it is enabled again"
+
+
+def test_the_costs_of_a_larger_budget_hold_those_of_the_smaller(studio):
+    drafts = METHODS["best of N drafts"]
+    small, large = compare.costs(studio, drafts, PROMPT, 0, "brightness", (2, 4), guided=1)
+    assert (small.previews, large.previews) == (2 * 2, 4 * 2), "half of four steps each"
+    assert small.finals == 2 * 4 and large.finals in (3 * 4, 4 * 4), "the best three, and the base where it is none"
+    assert 0 < small.denoise < large.denoise and 0 < small.seconds < large.seconds
+    plain = compare.costs(studio, METHODS["no search"], PROMPT, 0, "brightness", (2, 4), guided=1)
+    assert [each.finals for each in plain] == [4, 4] and plain[0].previews == 0
+
+
+def test_the_distance_of_answers_is_the_mean_over_pairs():
+    images = [torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2), -torch.ones(1, 3, 2, 2)]
+    assert compare._apart(images) == pytest.approx((1 + 1 + 2) / 3)
+
+
+# ---------------------------------------------------------------- a whole comparison
+
+
+def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypatch):
+    figures = compare.run(lambda: studio, plan, tmp_path, rounds=1)
+    assert {path.name for path in tmp_path.iterdir()} == set(compare.WRITTEN)
+    assert json.loads((tmp_path / "compare.json").read_text()) == figures
+    half = figures["tasks"]["brightness"]["even"]
+    assert half["prompts"] == [0] and figures["tasks"]["brightness"]["odd"]["prompts"] == [1]
+    assert list(half["methods"]) == list(plan.methods)
+    text = (tmp_path / "compare.md").read_text()
+    assert all(f"| {name}: {METHODS[name].what} |" in text for name in plan.methods)
+    assert "| strategy |" not in text and "| batches and linears (one by one) |" in text
+
+    # Killed while it wrote the last line: that prompt alone is done again, to the same figures.
+    path = tmp_path / "scores.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    done = []
+    real = compare.measured
+    monkeypatch.setattr(compare, "measured", lambda *args: done.append(args[3:]) or real(*args))
+    again = compare.run(lambda: studio, plan, tmp_path, rounds=1)
+    assert done == [(1, "brightness")]
+    assert again == figures
+
+
+def test_a_folder_of_another_comparison_is_refused(studio, plan, tmp_path):
+    compare.open_folder(tmp_path, plan)
+    other = compare.Plan(plan.prompts, plan.tasks, (2, 6), plan.seeds, plan.methods)
+    with pytest.raises(ValueError, match="other budgets: give another folder"):
+        compare.run(lambda: pytest.fail("loaded"), other, tmp_path)
+    (tmp_path / "scores.jsonl").write_text('{"prompt": 0\n{}\n')
+    with pytest.raises(ValueError, match="is not what ses-fast wrote"):
+        compare.run(lambda: pytest.fail("loaded"), plan, tmp_path)
+
+
+def test_what_a_pipeline_cannot_do_is_left_out_by_name(studio, tmp_path):
+    odd = Studio(studio.pipe, studio.rewards, steps=2, arguments=SIZE | {"height": 80})  # 10 latents, whose half is 5
+    plan = compare.Plan((PROMPT,), ("brightness",), (2,), methods=("random", "+ scale"))
+    figures = compare.run(lambda: odd, plan, tmp_path, rounds=1)
+    assert list(figures["tasks"]["brightness"]["even"]["methods"]) == ["random"]
+    assert "half" in figures["refused"]["+ scale"]
+    assert "Not possible here: + scale. " in (tmp_path / "compare.md").read_text()
+
+
+def test_no_prompt_is_begun_that_would_not_end_in_time(studio, tmp_path):
+    plan = compare.Plan((PROMPT, "a blue owl"), ("brightness",), (2,), methods=("no search", "random"))
+    figures = compare.run(lambda: studio, plan, tmp_path, rounds=1, minutes=0)
+    assert not any(half["prompts"] for half in figures["tasks"]["brightness"].values())
+    assert (tmp_path / "compare.md").read_text().count("None measured yet.") == 2
+    assert compare.run(lambda: studio, plan, tmp_path, rounds=1, minutes=9)["tasks"]["brightness"]["odd"]["prompts"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"prompts": ()}, "no prompt"),
+        ({"budgets": (10, 10)}, "rising whole numbers"),
+        ({"budgets": (0, 10)}, "from 1 on"),
+        ({"methods": ("ses", "magic")}, "unknown method magic"),
+    ],
+)
+def test_an_impossible_plan_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        compare.Plan(**{"prompts": (PROMPT,), "tasks": ("brightness",), "budgets": (2,), **changes})
+
+
+# ---------------------------------------------------------------- figures of made-up lines
+
+
+def made_up(**rewards):
+    """The figures of two even prompts and budgets 10 and 50; seconds are 2 and 10, of the reference 20 and 100."""
+    methods = [name.replace("_", " ") for name in rewards]
+    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "about": {"model": "m"}}
+    settings["machine"] = {"rounds": 3, "threads": 1}
+    rows = [
+        {
+            "prompt": number,
+            "task": "clip",
+            "methods": {m: {"reward": [each[i]]} for m, each in zip(methods, rewards.values(), strict=True)},
+        }
+        for i, number in enumerate((0, 2))
+    ]
+    times = []
+    for name in methods:
+        slower = 10 if name == "reference" else 1
+        half = METHODS[name].preview.scale > 1
+        for shift in (-1, 0, 5):  # of which the median is 0
+            costs = [
+                {"seconds": slower * evaluations / 5 + shift, "previews": 8 * evaluations, "finals": 8}
+                | {"denoise": evaluations * (0.25 if half else 1.0)}
+                for evaluations in (10, 50)
+            ]
+            times.append({"round": shift, "task": "clip", "method": name, "costs": costs})
+    return tables.summarise(settings, rows, times)
+
+
+def test_differences_are_paired_and_times_are_shares():
+    figures = made_up(
+        reference=[[1.0, 3.0], [11.0, 13.0]], random=[[2.0, 2.5], [12.0, 12.5]], ses=[[2.0, 4.0], [12.0, 14.0]]
+    )
+    methods = figures["tasks"]["clip"]["even"]["methods"]
+    ses = methods["ses"]["budgets"][1]
+    assert ses["reward"][0] == 9 and ses["reward to reference"] == [1, 1, 1] and ses["reward to random"] == [1.5] * 3
+    assert (ses["seconds"], ses["forwards"]) == (10, 408)
+    # The reference reaches 8 in 100 s; this one half way from 2 to 10 s.
+    assert methods["ses"]["share of the reference's time"] == [0.06, 0.06, 0.06]
+    assert methods["random"]["share of the reference's time"] == [None, None, None], "it never does"
+    assert methods["reference"]["share of the reference's time"][0] == 1
+    assert methods["ses"]["reached"] == {"budget": 50, "seconds": 10, "reward": [1, 1, 1]}
+    assert methods["random"]["reached"] is None
+    assert figures["chosen"] == "ses"
+    assert "**ses**" in tables.markdown(figures) and "never" in tables.markdown(figures)
+    assert figures["tasks"]["clip"]["odd"] == {"prompts": [], "methods": {}}
+
+
+def test_a_half_size_forward_counts_by_its_share():
+    figures = made_up(reference=[[1.0, 3.0]] * 2, ses=[[2.0, 4.0]] * 2, mix=[[2.0, 4.0]] * 2)
+    mix = figures["tasks"]["clip"]["even"]["methods"]["mix"]["budgets"][1]
+    assert mix["a preview's forward"] == 0.25 and mix["forwards"] == 400 / 4 + 8
+
+
+def test_a_method_that_is_another_ones_but_for_its_time_has_its_rewards():
+    figures = made_up(reference=[[1.0, 3.0]] * 2, mix=[[2.0, 4.0]] * 2, **{"mix - batches": [[0.0, 0.0]] * 2})
+    methods = figures["tasks"]["clip"]["even"]["methods"]
+    assert methods["mix - batches"]["budgets"][1]["reward"][0] == 4
+    assert "| batches and linears (one by one) |" in tables.markdown(figures)
+
+
+def test_every_part_of_the_mix_is_left_out_once():
+    parts = {name: part for name, part in PARTS.items()}
+    assert parts["batches and linears"].batch_size == 1 and parts["batches and linears"].preview == MIX.preview
+    assert parts["strategy"].strategy != MIX.strategy and parts["strategy"].preview == MIX.preview
+    for name, usual in {"race": None, "scale": 1, "refine": 0}.items():
+        changed = {
+            key
+            for key in ("scale", "race", "refine", "cfg")
+            if getattr(parts[name].preview, key) != getattr(MIX.preview, key)
+        }
+        assert changed == {name} and getattr(parts[name].preview, name) == usual
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def look(scores, seconds=1.0):
+    found = calibrate.Look()
+    for each in scores:
+        found.add(each, seconds)
+    return found
+
+
+FULL = [[1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 1.0, 4.0, 2.0, 3.0]]
+TURNED = [[-score for score in each] for each in FULL]
+
+
+def test_the_cheapest_setting_that_ranks_well_enough_is_recommended():
+    measured = calibrate.Measured(full=look(FULL))
+    good, better = calibrate.Setting("3 steps", 3), calibrate.Setting("half the size", 4, Preview(scale=2))
+    measured.settings = {
+        calibrate.Setting("2 steps", 2): look(TURNED, 0.1),
+        good: look([[2.0, 1.0, 3.0, 4.0, 5.0], FULL[1]], 0.25),
+        better: look(FULL, 0.5),
+    }
+    told = calibrate.advice(measured)
+    assert told.setting == good and told.race is None and told.level is None
+    assert told.refine in range(1, 6) or told.refine == 0
+    measured.settings.pop(good)
+    assert calibrate.advice(measured).settings["preview"]["scale"] == 2
+    measured.settings.pop(better)
+    told = calibrate.advice(measured)
+    assert told.setting is None and told.settings == {"preview": {"scale": 1, "cfg": True, "refine": 0}}
+    assert "No cheaper setting" in calibrate.markdown(measured, told, {})
+
+
+def test_the_time_to_equal_reward_counts_the_images_that_are_made_again():
+    full, same, useless = look(FULL), look(FULL, 0.1), look(TURNED, 0.1)
+    assert calibrate.time_share(full, full, 0) == pytest.approx(1, abs=1e-3)
+    assert calibrate.time_share(same, full, 0) == pytest.approx((5 * 0.1 + 1) / 6, abs=1e-3)
+    assert calibrate.time_share(useless, full, 0) == pytest.approx((5 * 0.1 + 1) / 2, abs=1e-3), "worth one image"
+    assert calibrate.time_share(useless, full, 5) == pytest.approx((5 * 0.1 + 6) / 6, abs=1e-3)
+
+
+def test_a_race_is_worth_what_its_pick_is_over_what_it_costs():
+    measured = calibrate.Measured(full=look(FULL, 4.0), forward=[1.0, 1.0])  # four steps, and looks that cost nothing
+    measured.early = {(2, 0.5): look(FULL, 2.0)}
+    races = dict(calibrate.races(measured))
+    # Three of five go on: half of each, and the other half of three.
+    assert races[((0.5, 0.5),)] == pytest.approx(5 / (5 * 0.5 + 3 * 0.5), abs=1e-3)
+    told = calibrate.advice(measured)
+    assert told.race == ((0.5, 0.3),) and told.settings == {"preview": {"race": [[0.5, 0.3]]}}
+    assert told.race_time == pytest.approx((5 * 0.5 + 2 * 0.5) / 5, abs=1e-3)
+    measured.settings = {calibrate.Setting("2 steps", 2): look(FULL, 0.4)}
+    told = calibrate.advice(measured)
+    assert told.setting_time == pytest.approx((0.5 + 1) / 6, abs=1e-3) and not told.races
+    assert "Written is the setting" in calibrate.markdown(measured, told, {})
+    measured.early = {(2, 0.5): look(TURNED, 2.0)}
+    assert calibrate.advice(measured).race is None
+
+
+def test_the_low_band_decides_where_its_share_is_the_larger():
+    rows = {"itself": FULL, "kept": FULL, "anew": TURNED}
+    assert not calibrate.decides(rows), "the opposite is as much"
+    assert calibrate.decides(rows | {"anew": [[1.0, 1.0, 2.0, 1.0, 1.0]] * 2})
+    kept, anew = calibrate.band_correlations(rows)
+    assert kept.value == pytest.approx(1) and anew.value == pytest.approx(-1)
+
+
+def test_a_pipeline_is_calibrated(studio, tmp_path):
+    prompts = (PROMPT, "a blue owl")
+    found = calibrate.measure(studio, brightness, prompts, 4)
+    assert [step for step, _ in sorted(found.early)] == [2, 3], "the first forward is of noise alone"
+    names = [setting.name for setting in found.settings]
+    assert names == ["1 steps of 4", "2 steps of 4", "3 steps of 4", "half the size", "half the size, 2 steps"]
+    assert not found.refused and set(found.bands) == {1, 2}
+    # What was measured is what the documented call does.
+    result = studio.search(prompts[0], 0, brightness, 4, strategy="random", popsize=4)[1]
+    assert found.full.scores[0] == pytest.approx([each.score for each in result.trace], abs=1e-5)
+    half = next(each for each in found.settings if each.name == "2 steps of 4")
+    fewer = studio.search(prompts[0], 0, brightness, 4, 2, strategy="random", popsize=4)[1]
+    assert found.settings[half].scores[0] == pytest.approx([each.score for each in fewer.trace], abs=1e-5)
+    assert all(each.cost(found.full) > 0 for each in found.settings.values())
+    calibrate.write(
+        told := calibrate.advice(found), calibrate.markdown(found, told, {"model": "tiny"}), tmp_path / "s.json"
+    )
+    config = SESConfig.from_file(tmp_path / "s.json")
+    assert SESConfig(preview=Preview(**told.settings["preview"])).preview == config.preview
+    assert "| half the size |" in (tmp_path / "s.md").read_text()
+
+
+def test_a_noise_with_its_low_band_kept_is_told_from_one_with_it_anew(studio):
+    """A reward that sees the low band alone: of the noise of the picture itself."""
+    found = calibrate.Measured(full=look([[0.0] * 4]))
+    result = studio.search(PROMPT, 0, brightness, 4, strategy="random", popsize=4, k_elites=1)[1]
+    seen = []
+    pictures = lambda *args, latents, **others: seen.append(latents) or (None, None)  # noqa: E731
+    recording = type(
+        "Recording", (), {"search": staticmethod(pictures), "tensor": staticmethod(lambda p: torch.zeros(1, 3, 8, 8))}
+    )
+    calibrate._bands(recording, brightness, PROMPT, 0, result, found)
+    noises = calibrate._noises(result.state, result.state.seed, 4, include_base=True)
+    kept, anew = torch.cat(seen[:4]), torch.cat(seen[4:8])
+    low = lambda x: torch.nn.functional.avg_pool2d(x, 2)  # noqa: E731
+    torch.testing.assert_close(low(kept), low(noises))
+    torch.testing.assert_close(anew - up(low(anew)), noises - up(low(noises)), atol=1e-5, rtol=0)
+    assert (low(anew) - low(noises)).abs().mean() > 0.1 and (kept - noises).abs().mean() > 0.1
+
+
+def up(x):
+    return torch.nn.functional.interpolate(x, scale_factor=2)
+
+
+def test_too_few_noises_are_refused(studio):
+    with pytest.raises(ValueError, match="at least 2"):
+        calibrate.measure(studio, brightness, [PROMPT], 1)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(job.MODELS, "tiny", tiny_flux)
+    monkeypatch.setattr(commands, "load_reward", lambda name, weights: {"pick": brightness, "clip": redness}[name])
+
+
+OPTIONS = ["--model", "tiny", "--steps", "2", "--height", "64", "--width", "64"]
+
+
+def test_the_command_compares(tiny, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red fox\n\na blue owl\n")
+    arguments = ["compare", str(tmp_path / "prompts.txt"), *OPTIONS, "--tasks", "pick,clip", "--report-reward", "clip"]
+    arguments += [
+        "--methods",
+        "reference,random,ses",
+        "--budgets",
+        "2,3",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    cli.main([*arguments, "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "## Task pick, odd prompts (to report on; 1)" in printed and "## Task clip, even prompts" in printed
+    figures = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert figures["settings"]["prompts"] == ["a red fox", "a blue owl"] and figures["target"] == 3
+    assert "held_out" in figures["tasks"]["pick"]["odd"]["methods"]["ses"]["budgets"][0]
+
+
+def test_the_command_calibrates(tiny, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red fox")
+    out = tmp_path / "ses.json"
+    cli.main(["calibrate", str(tmp_path / "prompts.txt"), *OPTIONS, "--noises", "3", "--out", str(out)])
+    assert "# Previews against full fidelity" in capsys.readouterr().out
+    SESConfig.from_file(out)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["compare", "5", *OPTIONS], "names captions of the embedded model"),
+        (["compare", "201"], "1 to 200 held-out captions"),
+        (["compare", "2", "--tasks", "jpeg,jpeg"], "names one twice"),
+        (["compare", "2", "--tasks", "beauty"], "beauty"),
+        (["compare", "2", "--budgets", "ten"], "must be whole numbers"),
+        (["compare", "2", "--methods", "magic"], "unknown method magic"),
+        (["compare", "2", "--minutes", "nan"], "must be above 0"),
+        (["compare", "foxes.txt"], "a red fox"),
+        (["calibrate", "nowhere.txt"], "nowhere.txt"),
+        (["calibrate", "2", "--out", "ses.md"], "JSON file of settings"),
+        (["calibrate", "2", "--reward", "embedded", *OPTIONS], "embedded model's captions"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(tiny, arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foxes.txt").write_text("a red fox")
+    monkeypatch.setitem(job.MODELS, "embedded", lambda: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_compared_by_workers(tmp_path):
+    arguments = [
+        "compare",
+        "2",
+        "--budgets",
+        "4,8",
+        "--seeds",
+        "2",
+        "--rounds",
+        "1",
+        "--workers",
+        "2",
+        "--minutes",
+        "30",
+    ]
+    cli.main([*arguments, "--methods", "no search,reference,random,ses,mix", "--out", str(tmp_path)])
+    figures = json.loads((tmp_path / "compare.json").read_text())
+    for task in ("clip", "jpeg"):
+        methods = figures["tasks"][task]["odd"]["methods"]
+        plain, *searched = (methods[name]["budgets"][-1] for name in ("no search", "random", "ses"))
+        assert all(each["reward"][0] >= plain["reward"][0] for each in searched), "the base is among the candidates"
+        assert all(0 <= each["oracle"][0] <= 1 and math.isfinite(each["held_out"][0]) for each in searched)
+        assert 0 < methods["mix"]["budgets"][-1]["a preview's forward"] < 0.6

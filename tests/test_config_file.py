@@ -1,0 +1,86 @@
+"""SESConfig in a file: settings, and never what belongs to one call."""
+
+import json
+from dataclasses import dataclass, fields
+
+import pytest
+
+from ses_fast import SESConfig
+from ses_fast.pipelines import config
+
+SETTINGS = {"popsize": 20, "k_elites": 4, "wavelet_name": "db2", "dwt_level": 2, "batch_size": "auto"} | {
+    "include_base": False,
+    "seed": 7,
+    "time_limit": 60.5,
+    "backend": "torch",
+    "progress": False,
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def file(content):
+        path = tmp_path / "ses.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return file
+
+
+def test_what_is_in_the_file(file):
+    assert SESConfig.from_file(file(SETTINGS)) == SESConfig(**SETTINGS)
+    assert SESConfig.from_file(str(file("{}"))) == SESConfig()
+    assert SESConfig.from_file(file("\ufeff" + json.dumps({"popsize": 3}))).popsize == 3
+
+
+@pytest.mark.parametrize("settings", [{}, SETTINGS])
+def test_what_settings_gives_is_what_the_file_takes(settings, file):
+    given = SESConfig(**settings)
+    assert SESConfig.from_file(file(given.settings())) == given
+    assert given.settings().keys() == {f.name for f in fields(SESConfig)} - set(config.CARRIED)
+
+
+# What is in the file, and what the error says.
+BAD = {
+    "an unknown name": ({"popsiez": 3}, "unknown settings popsiez; the known ones are popsize, k_elites"),
+    "a callback": ({"on_preview": "print"}, "on_preview: of one call"),
+    "a state": ({"state": None}, "state: of one call"),
+    "held-out rewards": ({"report_rewards": ["pick"]}, "report_rewards: of one call"),
+    "a list": ([1], "it is no JSON object"),
+    "no JSON": ("{", "ses.json: Expecting"),
+    "nested too deeply": ("[" * 100_000, "ses.json: "),
+    "an empty file": ("", "ses.json: Expecting"),
+    "popsize 0": ({"popsize": 0}, "ses.json: popsize"),
+    "popsize a word": ({"popsize": "many"}, "ses.json: popsize"),
+    "popsize an object": ({"popsize": {"n": 3}}, "ses.json: popsize"),
+    "a level that is a word": ({"dwt_level": "deep"}, "ses.json: dwt_level"),
+    "an unknown wavelet": ({"wavelet_name": "db999"}, "db999"),
+    "a wavelet that is a number": ({"wavelet_name": 3}, "ses.json: "),
+    "time as a word": ({"time_limit": "long"}, "ses.json: time_limit"),
+    "an unknown backend": ({"backend": "jax"}, "ses.json: backend must be one of"),
+    "progress as a number": ({"progress": 1}, "ses.json: progress must be True or False"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files(case, file):
+    content, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        SESConfig.from_file(file(content))
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        SESConfig.from_file(tmp_path / "none.json")
+
+
+@dataclass(frozen=True)
+class Inner:
+    scale: int = 1
+
+
+def test_a_nested_setting(monkeypatch):
+    monkeypatch.setitem(config.NESTED, "inner", Inner)
+    assert config._from_json("inner", {"scale": 2}) == Inner(2) and config._from_json("popsize", {"n": 3}) == {"n": 3}
+    with pytest.raises(ValueError, match="inner has no size; it has scale"):
+        config._from_json("inner", {"size": 2})
