@@ -71,7 +71,7 @@ class AnyImage(SESUnit, PipelineUnit):
                 f"Preview(race=) cannot go with {type(pipe).__name__}: its own call makes each preview, and shows no "
                 "image on its way. Leave race out"
             )
-        own = OwnCall(pipe, call)
+        own, finished = OwnCall(pipe, call), None
         scheduler = dict(vars(pipe.scheduler))
         try:
             with torch.no_grad():
@@ -82,13 +82,13 @@ class AnyImage(SESUnit, PipelineUnit):
                     best = given_noise(request.latents, base)
                 else:
                     final = CallRenderer(own, layout, outline.steps)
-                    pipe.ses_result = _search(final, outline.size, request, base, clock, begin)
+                    pipe.ses_result, finished = _search(final, outline.size, request, base, clock, begin)
                     best = pipe.ses_result.latents
         finally:
             vars(pipe.scheduler).clear()
             vars(pipe.scheduler).update(scheduler)
         request.answered = True
-        return own.picture(layout.pack(best)), pipe.ses_result
+        return own.picture(layout.pack(best)) if finished is None else own.as_picture(finished), pipe.ses_result
 
 
 def _search(
@@ -98,7 +98,7 @@ def _search(
     base: Tensor,  # [1, c, h, w] of the call
     clock: CompileClock,
     begin: float,
-) -> SearchResult:
+) -> run.Found:
     """The search from `base`, or from the request's own."""
     if request.base is not None:
         base = given_noise(request.base, base)
@@ -107,8 +107,7 @@ def _search(
         request.config = replace(request.config, dwt_level=level)
     height, width = size
     previews = _of_previews(final, size, request)
-    found = run.search(previews, final, request, base, height=height, width=width, clock=clock, begin=begin)
-    return found.result
+    return run.search(previews, final, request, base, height=height, width=width, clock=clock, begin=begin)
 
 
 def _of_previews(final: "CallRenderer", size: tuple[int, int], request: Request) -> "CallRenderer":
@@ -155,11 +154,17 @@ class CallRenderer(Renderer):
         return Draft(noises, 0)
 
     def advance(self, draft: Draft, to: int) -> Draft:
-        """The images themselves: there is nothing between."""
-        return Draft(torch.cat([self.own.image(self.layout.pack(noise[None])) for noise in draft.latents]), to)
+        """What the decoder made: there is nothing between."""
+        return Draft(torch.cat([self.own.output(self.layout.pack(noise[None])) for noise in draft.latents]), to)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents
+        """The picture that `vae_output_to_image` makes of the decoder's output, before its rounding, in [-1, 1].
+
+        A fourth channel, for transparency, is left out, as PIL's convert("RGB") does.
+        """
+        low, high = self.own.range
+        image = latents[:, :3]
+        return image if (low, high) == (-1, 1) else (image - low) * (2 / (high - low)) - 1
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,7 @@ class OwnCall:
         **arguments: Any,
     ) -> None:
         self.pipe, self.call, self.arguments = pipe, call, arguments
+        self.range: tuple[float, float] = (-1, 1)  # of the decoder's output, as the call says
         self.state = state or RandomState(pipe)
         self.units = units or RememberedUnits(pipe.unit_runner, self.state)
 
@@ -244,15 +250,15 @@ class OwnCall:
             schedules.append(list(timesteps))
             return []
 
-        noise, image = self._image(None, no_steps)
+        noise, output = self._run(None, no_steps)
         if len(schedules) != 1:
             raise _misfit(self.pipe, f"its call counts its steps by progress_bar_cmd {len(schedules)} times, not once")
         exists = all(bool(step.isfinite().all()) for step in schedules[0] if isinstance(step, Tensor))
-        return Outline(noise, len(schedules[0]), exists, (image.shape[-2], image.shape[-1]))
+        return Outline(noise, len(schedules[0]), exists, (output.shape[-2], output.shape[-1]))
 
-    def image(self, noise: Tensor) -> Tensor:  # as the pipeline has it -> [1, 3, H, W]
+    def output(self, noise: Tensor) -> Tensor:  # as the pipeline has it -> [1, C, H, W] in `range`
         """What the call hands to `vae_output_to_image`."""
-        return self._image(noise, lambda timesteps, *_, **__: timesteps)[1]
+        return self._run(noise, lambda timesteps, *_, **__: timesteps)[1]
 
     def picture(self, noise: Tensor) -> Any:  # as the pipeline has it
         """What the call returns."""
@@ -260,30 +266,36 @@ class OwnCall:
         with self._replaced(generate_noise=lambda *_, **__: self.units.draw(noise), unit_runner=self.units):
             return self.call(**self.arguments)
 
-    def _image(self, noise: Tensor | None, progress_bar_cmd: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-        """(the noise, the image) of a call with that noise, or with its own."""
+    def as_picture(self, output: Tensor) -> Any:  # [1, C, H, W] in `range`
+        """What the call would return for the last noise that was run; chance goes on as after that call."""
+        self.state.go_on()
+        return self.pipe.vae_output_to_image(output, min_value=self.range[0], max_value=self.range[1])
+
+    def _run(self, noise: Tensor | None, progress_bar_cmd: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        """(the noise, the decoder's output) of a call with that noise, or with its own."""
         pipe, generate_noise = self.pipe, self.pipe.generate_noise
         noises: list[Tensor] = []
-        images: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def give_noise(*args: Any, **options: Any) -> Tensor:
             noises.append(generate_noise(*args, **options) if noise is None else noise)
             return self.units.draw(noises[-1])
 
-        def take_image(output: Tensor, pattern: str = "B C H W", min_value: float = -1, max_value: float = 1) -> Tensor:
-            images.append(as_image(output, pattern, min_value, max_value))
-            return images[-1]
+        def take(output: Tensor, pattern: str = "B C H W", min_value: float = -1, max_value: float = 1) -> Tensor:
+            self.range = (min_value, max_value)
+            outputs.append(reduce(output, f"{pattern} -> C H W", "mean")[None])
+            return outputs[-1]
 
         with (
             self.state.replayed(),
-            self._replaced(generate_noise=give_noise, vae_output_to_image=take_image, unit_runner=self.units),
+            self._replaced(generate_noise=give_noise, vae_output_to_image=take, unit_runner=self.units),
         ):
             returned = self.call(**self.arguments, progress_bar_cmd=progress_bar_cmd)
         if len(noises) != 1:
             raise _misfit(pipe, f"its call asks pipe.generate_noise for {len(noises)} noises, not one")
-        if len(images) != 1 or returned is not images[0]:
+        if len(outputs) != 1 or returned is not outputs[0]:
             raise _misfit(pipe, "its call does not return the one picture that pipe.vae_output_to_image makes")
-        return noises[0], images[0]
+        return noises[0], outputs[0]
 
     @contextmanager
     def _replaced(self, **attributes: Any) -> Iterator[None]:
@@ -298,17 +310,6 @@ class OwnCall:
             for name in attributes:
                 del own[name]
             own.update(before)
-
-
-def as_image(output: Tensor, pattern: str, min_value: float, max_value: float) -> Tensor:  # [1, 3, H, W]
-    """The picture that `vae_output_to_image` makes of a decoder's output, before its rounding, in [-1, 1].
-
-    A fourth channel, for transparency, is left out, as PIL's convert("RGB") does.
-    """
-    image = reduce(output, f"{pattern} -> C H W", "mean")[None, :3]
-    if (min_value, max_value) != (-1, 1):
-        image = (image - min_value) * (2 / (max_value - min_value)) - 1
-    return image
 
 
 def _misfit(pipe: Any, why: str) -> ValueError:

@@ -75,10 +75,14 @@ class RandomState:
         device = torch.device(pipe.device)
         self.devices = [device] if device.type == "cuda" else []
         self.own = [value for value in vars(pipe.scheduler).values() if isinstance(value, torch.Generator)]
-        self.states = self.now()
+        self.began = self.ended = self.now()
 
     def rewind(self) -> None:
-        self._set(self.states)
+        self._set(self.began)
+
+    def go_on(self) -> None:
+        """As after the last call that was replayed."""
+        self._set(self.ended)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -88,6 +92,7 @@ class RandomState:
         try:
             yield
         finally:
+            self.ended = self.now()
             self._set(before)
 
     def now(self) -> list[Tensor]:

@@ -72,8 +72,8 @@ class SESPipeline(Enabled):
         if seed is not None:
             if kwargs.get("generator") is not None:
                 raise ValueError("give seed= or generator=, not both")
-            seed = check_noise(seed, None)
-            kwargs["generator"] = torch.Generator().manual_seed(seed)
+            check_noise(seed, None)
+            kwargs["generator"] = torch.Generator().manual_seed(int(seed))
         if not enable_ses:
             return call(*args, **kwargs)
 
