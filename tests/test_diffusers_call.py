@@ -1,6 +1,7 @@
 """diffusers' own conventions on an enabled pipeline, its schedulers, and known traps."""
 
 import copy
+import logging
 from contextlib import contextmanager
 
 import diffusers
@@ -12,7 +13,7 @@ from test_diffusers import close, drawn, levels, packed, previews, rounded
 from tiny_diffusers import brightness, first, make, search
 
 import ses_fast
-from ses_fast import Preview, SESConfig
+from ses_fast import Preview, SearchResult, SESConfig
 from ses_fast.pipelines.diffusers.call import suited
 from ses_fast.pipelines.diffusers.driver import Driver
 from ses_fast.pipelines.diffusers.pictures import at_levels, of_output
@@ -265,6 +266,14 @@ def test_the_callback_sees_the_final_image_alone(sdxl):
     assert seen == [(0, 1), (1, 1), (2, 1)]
 
 
+def test_the_pipeline_warns_once(caplog):
+    qwen = enabled("Qwen-Image")
+    with caplog.at_level(logging.WARNING):
+        search(qwen, 3, preview=Preview(cfg=False), call={"guidance_scale": 2.0})
+    said = [record.getMessage() for record in caplog.records if "qwenimage" in record.name]
+    assert len(said) == 1 and "not guidance-distilled" in said[0]
+
+
 def test_the_prompt_is_encoded_once(sdxl):
     """For one image and for two, which shows what the pipeline repeats; never for a batch, nor for the answer."""
     with counted(sdxl.pipe.text_encoder) as calls:
@@ -460,9 +469,11 @@ def test_a_copy_and_a_saved_pipeline(sdxl, tmp_path):
 # --- what the common room gives
 
 
-def test_a_search_goes_on(sdxl):
+def test_a_search_goes_on(sdxl, tmp_path):
     _, whole = search(sdxl, 7, popsize=3, batch_size=1)
     _, part = search(sdxl, 4, popsize=3, batch_size=1)
+    part.save(tmp_path / "part.safetensors")
+    part = SearchResult.load(tmp_path / "part.safetensors")
     _, more = search(sdxl, 7, popsize=3, batch_size=1, state=part.state)
     assert [each.score for each in more.trace] == [each.score for each in whole.trace]
     torch.manual_seed(99)  # without a generator the base is the state's

@@ -5,6 +5,7 @@ What is replaced lies in the pipeline's `vars` while the call runs, and is taken
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ class Driver:
             "_progress_bar_config": {"disable": True},
             **self.memories,
         }
-        with _replaced(pipe, parts):
+        with _replaced(pipe, parts), _silent(pipe):  # the final image's call says it once
             return self.stock(**arguments)
 
     def _arguments(self, n: int, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +219,24 @@ def _replaced(pipe: Any, parts: Mapping[str, Any]) -> Iterator[None]:
         for name in parts:
             attributes.pop(name, None)
         attributes.update(before)
+
+
+@contextmanager
+def _silent(pipe: Any) -> Iterator[None]:
+    """Inside, the pipeline's module logs nothing."""
+    modules = {cls.__module__ for cls in type(pipe).__mro__}
+    loggers = [logging.getLogger(name) for name in modules if name.startswith("diffusers.pipelines.")]
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _reset_caches(pipe: Any) -> None:
