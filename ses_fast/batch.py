@@ -24,6 +24,7 @@ from .errors import warn
 from .folder import DONE, FAILED, CannotWrite, Folder, Result
 from .page import write_page
 from .pipelines.config import SESConfig
+from .pipelines.enabled import picture
 from .pipelines.request import facts, reward_name
 from .prompts import Prompt, as_prompts, read_prompts
 from .result import SearchResult
@@ -201,9 +202,9 @@ class _Work:
             return self.pipe(prompt.text, **_seeded(self.pipe, result.seed), **arguments, **ses)
 
         begin = time.perf_counter()
-        base = _picture(call(enable_ses=False))
+        base = picture(call(enable_ses=False))
         base_seconds = time.perf_counter() - begin
-        answer = _picture(self._searched(call, result.stem, advance))
+        answer = picture(self._searched(call, result.stem, advance))
         found = self.pipe.ses_result
         self.folder.write(self.folder.image(result.stem, base=True), functools.partial(base.save, format="PNG"))
         self.folder.write(self.folder.image(result.stem), functools.partial(answer.save, format="PNG"))
@@ -286,14 +287,6 @@ def _in_order(results: Mapping[str, Result], wanted: Sequence[Prompt]) -> list[R
     """All that the folder holds: the wanted ones in their order, then those of earlier files."""
     ids = dict.fromkeys([prompt.id for prompt in wanted if prompt.id in results] + list(results))
     return [results[id] for id in ids]
-
-
-def _picture(output: Any) -> Any:
-    """The PIL image of a call: DiffSynth returns it, diffusers an object with several."""
-    image = getattr(output, "images", [output])[0]
-    if not hasattr(image, "save"):
-        raise ValueError(f"a batch keeps pictures, and the pipeline's call returns {type(image).__name__}")
-    return image
 
 
 def _seeded(pipe: Any, seed: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import HELDOUT, prepare_calibrate, prepare_compare
 from .files import write_whole
-from .job import EMBEDDED, MODELS, Job, check_writable, checked_prompt
+from .job import EMBEDDED, MODEL_HELP, Job, check_writable, checked_prompt, quiet
 from .prompts import FORMATS, read_prompts
 
 # an optional package -> the extra that installs it
@@ -68,23 +68,25 @@ def _generate(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def _search(prompt: str, job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any) -> None:
+    from .pipelines.enabled import picture
+
     call = partial(
         pipe,
         prompt,
         seed=job.seed,
         num_inference_steps=job.steps,
-        progress_bar_cmd=lambda steps: steps,
+        **quiet(pipe),
         **job.size,
     )
-    call(enable_ses=False).save(job.out / "base.png")
-    image = call(
+    picture(call(enable_ses=False)).save(job.out / "base.png")
+    output = call(
         enable_ses=True,
         ses_reward_model=reward,
         ses_eval_budget=job.budget,
         ses_inference_steps=job.preview_steps,
         ses_config=config,
     )
-    image.save(job.out / "image.png")
+    picture(output).save(job.out / "image.png")
 
     result = pipe.ses_result
     scores = [evaluation.score for evaluation in result.trace]
@@ -158,7 +160,7 @@ def _batch(args: argparse.Namespace) -> Callable[[], None]:
         model=job.model,
         restart=args.restart,
         num_inference_steps=job.steps,
-        progress_bar_cmd=lambda steps: steps,
+        **quiet(pipe),
         **job.size,
     )
     return partial(_work_through, results, job.out)
@@ -350,7 +352,7 @@ def _add_study_options(parser: argparse.ArgumentParser, out: Path, what: str) ->
     """What `compare` and `calibrate` have in common."""
     add, at_least_one = parser.add_argument, _at_least(1)
     add("prompts", help=f'file of prompts as for batch; of the embedded model "{HELDOUT}" or a number of its captions')
-    add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
+    add("--model", default="embedded", help=MODEL_HELP)
     add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
     add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
     add("--height", type=at_least_one, help="pixels (default: the model's own)")
@@ -370,7 +372,7 @@ def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     add("--seed", type=_at_least(0, 2**63 - 1), default=0, help="seed of the noise and of the search")
     add("--out", type=Path, default=Path("out"), help=out)
-    add("--model", default="embedded", help=f"one of {', '.join(MODELS)}")
+    add("--model", default="embedded", help=MODEL_HELP)
     add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
     add("--reward-weights", help="local folder or Hub id of the reward's weights (default: the published ones)")
     add(

@@ -1,10 +1,12 @@
 """What a command that searches was asked to do, checked, and the models and rewards that it names."""
 
 import argparse
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ class Job:
     @staticmethod
     def of(args: argparse.Namespace) -> "Job":
         """Raises ValueError for bad arguments, and OSError for a file that is not there, before anything is loaded."""
-        known("model", args.model, MODELS)
+        model_of(args.model)
         reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
         report = tuple(args.report_reward or ())
         from .rewards import known_name
@@ -82,7 +84,7 @@ class Job:
 
         reward = load_reward(self.reward, self.reward_weights)
         held_out = {name: load_reward(name, None) for name in self.report_rewards}
-        return pipelines.enable(MODELS[self.model]()), reward, replace(self.config, report_rewards=held_out)
+        return pipelines.enable(model_of(self.model)()), reward, replace(self.config, report_rewards=held_out)
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -126,7 +128,45 @@ def _z_image_turbo() -> Any:
         ) from error
 
 
+def _diffusers_model(source: str) -> Any:
+    from .errors import missing_extra
+
+    try:
+        from ._torchvision import declare_torchvision_ops
+
+        declare_torchvision_ops()
+        import diffusers
+    except ModuleNotFoundError as error:
+        raise missing_extra("diffusers", "diffusers") from error
+    import torch
+
+    gpu = torch.cuda.is_available()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.bfloat16 if gpu else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if gpu else "cpu")
+
+
 MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-turbo": _z_image_turbo}
+MODEL_HELP = f"one of {', '.join(MODELS)}, or diffusers:SOURCE, a Hub id or a folder"
+
+
+def model_of(name: str) -> Callable[[], Any]:
+    """What loads the model of that name. Raises ValueError for another."""
+    library, _, source = name.partition(":")
+    if library == "diffusers" and source:
+        return partial(_diffusers_model, source)
+    if name not in MODELS:
+        raise ValueError(
+            f"unknown model {name!r}; the known ones are {', '.join(sorted(MODELS))}, and diffusers:SOURCE with a Hub "
+            "id or a folder"
+        )
+    return MODELS[name]
+
+
+def quiet(pipe: Any) -> dict[str, Any]:
+    """The arguments of a call that shows no bar of its own."""
+    names = inspect.signature(pipe.__call__).parameters
+    return {"progress_bar_cmd": lambda steps: steps} if "progress_bar_cmd" in names else {}
 
 
 def load_reward(name: str, weights: str | None) -> Any:

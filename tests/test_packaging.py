@@ -28,7 +28,10 @@ IMPORTS = {
         *("scores", "statistics", "studio", "tables"),
     },
     "checks": {"reference"},
-    "cli": {"batch", "commands", "embedded", "files", "folder", "job", "ops", "page", "prompts", "report", "rewards"},
+    "cli": {
+        *("batch", "commands", "embedded", "files", "folder", "job", "ops", "page"),
+        *("pipelines", "prompts", "report", "rewards"),
+    },
     "commands": {
         *("calibrate", "compare", "embedded", "job", "methods", "pipelines"),
         *("prompts", "report", "rewards", "studio", "tables"),

@@ -54,6 +54,14 @@ def arguments_of(bound: inspect.BoundArguments) -> Mapping[str, Any]:
     return arguments
 
 
+def picture(output: Any) -> Any:
+    """The PIL image of a call: DiffSynth returns it, diffusers an object with several. Raises ValueError for others."""
+    image = getattr(output, "images", [output])[0]
+    if not hasattr(image, "save"):
+        raise ValueError(f"a picture is kept, and the pipeline's call returns {type(image).__name__}")
+    return image
+
+
 def _remake(ours: type, stock: type) -> Any:
     return object.__new__(enabled_class(ours, stock))
 
