@@ -5,7 +5,7 @@ for result in ses_fast.batch.run(pipe, "prompts.csv", "out", ses_reward_model="p
 """
 
 import functools
-import json
+import inspect
 import math
 import os
 import time
@@ -29,7 +29,7 @@ from .prompts import Prompt, as_prompts, read_prompts
 from .result import SearchResult
 
 HOW = ("batch_size", "backend", "progress")  # settings that change how a batch runs, not what it makes
-MOST_CHARACTERS = 10_000  # of an error's traceback that are kept
+MOST_CHARACTERS = 4_000  # of an error's traceback that are kept
 
 
 def run(
@@ -84,7 +84,7 @@ def run(
         "ses_inference_steps": ses_inference_steps,
         "seed": seed,
         "arguments": facts(call),
-        "report_rewards": sorted(config.report_rewards),
+        "report_rewards": _names(config.report_rewards),
         "ses_config": {name: value for name, value in config.settings().items() if name not in HOW},
     }
     ses = {
@@ -111,6 +111,10 @@ def _checked_config(config: SESConfig | None) -> SESConfig:
     return replace(config, progress=False)  # the batch has a bar of its own
 
 
+def _names(rewards: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    return {name: reward_name(rewards[name] if isinstance(rewards, Mapping) else name) for name in rewards}
+
+
 def _results(
     work: "_Work",
     wanted: Sequence[Prompt],
@@ -121,8 +125,11 @@ def _results(
     folder = work.folder
     with folder:
         todo = {prompt.id for prompt in left}
-        finished = [folder.results[prompt.id] for prompt in wanted if prompt.id not in todo]
-        yield from finished
+        finished = [prompt for prompt in wanted if prompt.id not in todo]
+        for prompt in finished:
+            if folder.results[prompt.id].columns != prompt.columns:  # the file says more than it did
+                folder.add(replace(folder.results[prompt.id], columns=dict(prompt.columns)))
+            yield folder.results[prompt.id]
         each = work.ses["ses_eval_budget"] or 1  # of the bar's steps
         count, failed = len(finished), 0
         with tqdm(
@@ -138,12 +145,11 @@ def _results(
                 _advance(bar, count * each, each, 0)
                 yield result
             bar.set_description(f"{count}/{len(wanted)} prompts, {failed} failed")
-        if left or not all(path.exists() for path in (folder.summary, folder.page)):
+        if not folder.is_summarised():
             results = _in_order(folder.results, wanted)
             summary = summarised(results) | {"settings": settings, "versions": _versions()}
-            text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-            folder.write(folder.summary, lambda path: path.write_text(text))
             folder.write(folder.page, lambda path: write_page(path, folder.path, results, summary))
+            folder.summarise(summary)
 
 
 def _advance(bar: Any, before: int, most: int, evaluations: int) -> None:
@@ -178,18 +184,21 @@ class _Work:
         except CannotWrite:
             raise
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return replace(
+            result = replace(
                 result,
                 error=_utf8(f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]),
                 traceback=_utf8("".join(traceback.format_exception(error))[-MOST_CHARACTERS:]),
             )
+        if torch.cuda.is_available():  # here, where the error no longer holds the tensors that may have been too many
+            torch.cuda.empty_cache()
+        return result
 
     def _done(self, prompt: Prompt, result: Result, advance: Callable[[int], Any]) -> Result:
         own = {name: getattr(prompt, name) for name in ("negative_prompt", "width", "height")}
         arguments = {**self.call, **{name: value for name, value in own.items() if value is not None}}
-        call = functools.partial(self.pipe, prompt.text, seed=result.seed, **arguments)
+
+        def call(**ses: Any) -> Any:
+            return self.pipe(prompt.text, **_seeded(self.pipe, result.seed), **arguments, **ses)
 
         begin = time.perf_counter()
         base = _picture(call(enable_ses=False))
@@ -213,6 +222,7 @@ class _Work:
             },
             evaluations=found.evaluations,
             scores=[_number(evaluation.score) for evaluation in found.trace],
+            early=[number for number, evaluation in enumerate(found.trace) if evaluation.steps is not None],
             seconds=seconds,
         )
 
@@ -233,7 +243,7 @@ class _Work:
         except ValueError as error:
             if hasattr(error, "ses_result"):  # the search went on, and then failed
                 raise
-            warn(f"the search that was kept in {self.folder.search(stem)} begins anew: {error}")
+            warn(f"the search that was kept in {self.folder.search(stem).name} begins anew: {error}")
         return call(enable_ses=True, ses_config=config, **self.ses)
 
 
@@ -284,6 +294,13 @@ def _picture(output: Any) -> Any:
     if not hasattr(image, "save"):
         raise ValueError(f"a batch keeps pictures, and the pipeline's call returns {type(image).__name__}")
     return image
+
+
+def _seeded(pipe: Any, seed: int) -> dict[str, Any]:
+    """What gives a call the noise of a seed: DiffSynth takes the number, diffusers a generator, new for each call."""
+    if "seed" in inspect.signature(type(pipe).__call__).parameters:
+        return {"seed": seed}
+    return {"generator": torch.Generator("cpu").manual_seed(seed)}
 
 
 def _seed(prompt: Prompt, default: int) -> int:

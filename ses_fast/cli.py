@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="search methods at equal cost, by evidence", formatter_class=_Formatter
     )
-    _add_study_options(compare, Path("compare"), "folder for the report, its figures and plot")
+    _add_study_options(compare, Path("out/compare"), "folder for the report, its figures and plot")
     add = compare.add_argument
     add("--tasks", help="rewards to search with, each by itself, with commas (default: clip,jpeg, or --reward)")
     add("--report-reward", metavar="NAME", help="a reward that takes no part in a search (default: embedded_heldout)")
@@ -332,7 +332,9 @@ def _parser() -> argparse.ArgumentParser:
         help="which previews, race and level a model and a reward can be searched with",
         formatter_class=_Formatter,
     )
-    _add_study_options(calibrate, Path("ses.json"), "JSON of settings that --config takes; the report goes beside it")
+    _add_study_options(
+        calibrate, Path("out/ses.json"), "JSON of settings that --config takes; the report goes beside it"
+    )
     calibrate.add_argument("--noises", type=_at_least(2), default=24, help="of each prompt")
     calibrate.set_defaults(prepare=prepare_calibrate)
 
@@ -381,7 +383,7 @@ def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--config", type=Path, help="JSON file with settings of ses_fast.SESConfig; the options below go before it")
     add("--popsize", type=at_least_one, help="candidates of a generation (default: 10)")
-    add("--batch-size", type=_or_auto(1), help='previews denoised together, a number or "auto" (default: 1)')
+    add("--batch-size", type=_or_auto(1), help='previews denoised together, a number or "auto" (default: auto)')
     add("--elites", type=at_least_one, help="best candidates that make the next distribution (default: 5)")
     add("--wavelet", help="any wavelet of PyWavelets (default: db1)")
     add("--level", type=_or_auto(0), help='level of the searched band, a number or "auto" (default: auto)')

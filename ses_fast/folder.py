@@ -49,6 +49,7 @@ class Result:
     held_out: dict[str, dict[str, float | None]] = field(default_factory=dict)  # name -> "base", "answer"
     evaluations: int = 0
     scores: list[float | None] = field(default_factory=list)  # in order
+    early: list[int] = field(default_factory=list)  # which of them a race stopped: these rank, and are never the best
     seconds: dict[str, float] = field(default_factory=dict)  # of the run that ended it, by stage
     error: str | None = None  # of a failed one
     traceback: str | None = None
@@ -135,6 +136,7 @@ KINDS: dict[str, Fits] = {
     "held_out": _dict_of(_is_two),
     "evaluations": _is_count,
     "scores": _list_of(_or_none(_is_number)),
+    "early": _list_of(_is_count),
     "seconds": _dict_of(_is_number),
     "error": _or_none(_is_text),
     "traceback": _or_none(_is_text),
@@ -246,6 +248,19 @@ class Folder:
             file.flush()
             os.fsync(file.fileno())
         self.results[result.id] = result
+
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json, the last file of a batch that has ended."""
+        text = json.dumps({**summary, "results_bytes": self._record.stat().st_size}, indent=1, allow_nan=False) + "\n"
+        self.write(self.summary, lambda path: path.write_text(text))
+
+    def is_summarised(self) -> bool:
+        """Whether summary and page are those of all results: a kill may have come before them."""
+        try:
+            summary = json.loads(self.summary.read_bytes())
+            return self.page.exists() and summary["results_bytes"] == self._record.stat().st_size
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:

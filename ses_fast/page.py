@@ -4,8 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,11 @@ def shown(text: str, most: int = MOST_CHARACTERS) -> str:
     return UNPRINTABLE.sub("\ufffd", text)
 
 
-def curve(scores: Sequence[float | None]) -> dict[str, Any] | None:
+def curve(scores: Sequence[float | None], early: Collection[int] = ()) -> dict[str, Any] | None:
     """SVG paths of a search's scores: each one a dot, and the best so far as steps. None without two finite ones.
 
-    Coordinates are whole units of a WIDTH x HEIGHT box.
+    early: the numbers of those that a race stopped, which have paler dots and are never the best. Coordinates are
+    whole units of a WIDTH x HEIGHT box.
     """
     finite = [score for score in scores if score is not None]
     if len(finite) < 2:
@@ -70,14 +70,20 @@ def curve(scores: Sequence[float | None]) -> dict[str, Any] | None:
     def y(score: float) -> int:
         return round(HEIGHT - 4 - (score - low) * (HEIGHT - 8) / span)
 
-    dots = "".join(f"M{x(i)} {y(score)}h0" for i, score in enumerate(scores) if score is not None)
-    best = list(accumulate((-math.inf if score is None else score for score in scores), max))
-    steps, last = "", -math.inf
-    for i, score in enumerate(best):
+    dots, pale, best, last = "", "", "", -math.inf
+    for i, score in enumerate(scores):
+        if score is None:
+            continue
+        dot = f"M{x(i)} {y(score)}h0"
+        if i in early:
+            pale += dot
+            continue
+        dots += dot
         if score > last:
-            steps += f"H{x(i)}V{y(score)}" if steps else f"M{x(i)} {y(score)}"
+            best += f"H{x(i)}V{y(score)}" if best else f"M{x(i)} {y(score)}"
             last = score
-    return {"dots": dots, "best": f"{steps}H{x(len(scores) - 1)}", "low": low, "high": high, "count": len(scores)}
+    best = best and f"{best}H{x(len(scores) - 1)}"
+    return {"dots": dots, "pale": pale, "best": best, "low": low, "high": high, "count": len(scores)}
 
 
 def _cards(folder: Path, results: Iterable[Result], side: int) -> Iterator[dict[str, Any]]:
@@ -90,7 +96,12 @@ def _cards(folder: Path, results: Iterable[Result], side: int) -> Iterator[dict[
                 ("with search", result.image, result.score),
             ):
                 pictures.append({"label": label, "name": name, "score": score, "data": _thumbnail(folder, name, side)})
-        yield {"number": number, "result": result, "pictures": pictures, "curve": curve(result.scores)}
+        yield {
+            "number": number,
+            "result": result,
+            "pictures": pictures,
+            "curve": curve(result.scores, frozenset(result.early)),
+        }
 
 
 def _thumbnail(folder: Path, name: str | None, side: int) -> str | None:

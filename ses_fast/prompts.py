@@ -77,10 +77,7 @@ def as_prompts(prompts: Iterable[str | Mapping[str, Any] | Prompt]) -> list[Prom
     """The same of a list in memory: strings, dicts with the columns of a file, or what `read_prompts` returned."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ValueError("prompts must be a list of them: read_prompts(path) reads a file")
-    given = list(prompts)
-    if given and all(isinstance(each, Prompt) for each in given):
-        return _without_repeats(given)  # type: ignore[arg-type]
-    return _prompts(_from_json(number, each) for number, each in enumerate(given, 1))
+    return _prompts(_from_json(number, each) for number, each in enumerate(prompts, 1))
 
 
 def slug(text: str, most: int = 40) -> str:
@@ -280,11 +277,12 @@ def _reason(error: Exception) -> str:
 
 
 def _from_json(line: int, value: Any) -> Row:
-    """A string, or an object with `prompt` or `text`."""
+    """A string, or an object with `prompt` or `text`; in memory a Prompt too."""
     if isinstance(value, str):
         return line, {"prompt": value}
     if isinstance(value, Prompt):
-        raise ValueError("prompts must be all of one kind: strings, dicts or Prompts")
+        own = {name: getattr(value, name) for name in OWN if name != "prompt"}
+        return value.line or line, {**value.columns, **own, "prompt": value.text}
     if not isinstance(value, Mapping):
         raise ValueError(f"line {line}: a prompt is a string or an object, not {value!r:.100}")
     row = _lowered(line, [str(name) for name in value], list(value.values()))

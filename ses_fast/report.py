@@ -12,6 +12,7 @@ from .errors import missing_extra
 
 try:
     from matplotlib.figure import Figure  # draws with Agg: no window, no pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 except ModuleNotFoundError as error:
     raise missing_extra("matplotlib", "plots") from error
 
@@ -73,6 +74,9 @@ def draw_comparison(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[floa
                 style = {"marker": "osv^Dxp*"[number // 10 % 8], "color": f"C{number % 10}"}
                 axes.plot(points[cost], points["reward"], label=name, markersize=4, linewidth=1, **style)
             axes.set(xlabel=cost, ylabel=f"reward of the final image ({task})", xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(alpha=0.3)
     handles = {
         label: line for axes in plots.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)

@@ -54,7 +54,8 @@ def costs_of(settings: Mapping[str, Any], times: Rows) -> dict[str, dict[str, li
             ]
     full = next((_seconds_a_forward(medians[name]) for name in (SES.name, RANDOM.name) if name in medians), math.nan)
     for name, each in medians.items():
-        share = _seconds_a_forward(each) / full if METHODS[name].preview.scale > 1 else 1.0
+        batched = medians.get(METHODS[name].scores_of or name, each)  # one by one each costs more, of either size
+        share = _seconds_a_forward(batched) / full if METHODS[name].preview.scale > 1 else 1.0
         found[name] = {
             "seconds": [cost["seconds"] for cost in each],
             "forwards": [share * cost["previews"] + cost["finals"] for cost in each],

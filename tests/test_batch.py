@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +125,28 @@ def test_a_user_may_watch(tmp_path):
     assert seen == [4, 8]
 
 
+class ToyOfDiffusers(ToyPipeline):
+    """Takes a generator in place of a seed, and returns an object with the pictures."""
+
+    def __call__(self, prompt, *, generator, **call):
+        image = super().__call__(prompt, seed=generator.initial_seed(), **call)
+        torch.randn(9, generator=generator)  # as the noise is drawn: the next call needs a new one
+        assert not torch.equal(
+            generator.get_state(), torch.Generator().manual_seed(generator.initial_seed()).get_state()
+        )
+        return SimpleNamespace(images=[image])
+
+
+def test_a_pipeline_that_takes_a_generator(tmp_path, whole):
+    _, pipe = run(PROMPTS, tmp_path, ToyOfDiffusers())
+    assert pictures(tmp_path) == pictures(whole) and len(pipe.calls) == 6
+
+
+def test_a_time_in_place_of_a_budget(tmp_path):
+    results, _ = run(PROMPTS[:1], tmp_path, ses_eval_budget=None, ses_config=replace(SMALL, time_limit=0.2))
+    assert results[0].status == "done" and results[0].evaluations > 4
+
+
 # ---------------------------------------------------------------- how it goes on
 
 
@@ -142,6 +166,47 @@ def test_a_finished_prompt_is_not_redone_and_an_added_one_is_done(tmp_path):
     page.unlink()
     run(PROMPTS, tmp_path)
     assert page.read_text() == text
+
+
+def test_columns_are_those_of_the_file_that_came_last(tmp_path):
+    first, _ = run([{"prompt": "a fox", "note": "x"}, {"prompt": "a fox", "note": "y"}], tmp_path)
+    rows = [{"prompt": "a fox", "note": note} for note in "zxy"]
+    results, pipe = run(rows, tmp_path)
+    assert [each.columns["note"] for each in results] == ["z", "x", "y"] and len(pipe.calls) == 2
+    assert len({each.id for each in results}) == 3 and {each.score for each in results} == {first[0].score}
+    assert run(rows, tmp_path)[0] == results and json.loads((tmp_path / "summary.json").read_text())["done"] == 3
+
+
+def test_a_page_that_a_kill_has_prevented_is_made_later(tmp_path, monkeypatch):
+    run(PROMPTS[:2], tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(batch, "write_page", lambda *_: (_ for _ in ()).throw(Stop))
+        run(PROMPTS, tmp_path)
+    assert PROMPTS[2] not in (tmp_path / "index.html").read_text()
+    assert run(PROMPTS, tmp_path)[1].calls == [] and PROMPTS[2] in (tmp_path / "index.html").read_text()
+    (tmp_path / "summary.json").write_text("{")
+    run(PROMPTS, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["done"] == 3
+
+
+def test_prompts_do_no_harm(tmp_path):
+    prompts = [
+        "very " * 20_000,
+        "\x1b[2J\x07\x00",
+        "<script>alert(1)</script>",
+        "../../../../tmp/x",
+        "=cmd|'/C calc'!A0",
+        "\u202e" * 9,
+    ]
+    ids = ["/etc/passwd", "..", "CON", "a\nb", "x" * 100_000, "<b>"]
+    given = [{"prompt": prompt, "id": id, "note": prompt} for prompt, id in zip(prompts, ids, strict=True)]
+    results, _ = run(given, tmp_path / "out")
+    assert [each.prompt for each in results] == prompts and {each.status for each in results} == {"done"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert len(names) == 12 and all(re.fullmatch(r"[a-z0-9_-]{1,90}(\.base)?\.png", name) for name in names)
+    assert "<script>alert" not in (tmp_path / "out" / "index.html").read_text()
+    assert run(given, tmp_path / "out")[1].calls == []
 
 
 def test_a_lost_image_is_made_again(tmp_path, whole):
@@ -208,7 +273,7 @@ OTHER = {
     "model": ({"model": "v2"}, "model was None, and now is 'v2'"),
     "an argument of the call": ({"height": 12}, "arguments.height was None, and now is 12"),
     "a setting": ({"ses_config": replace(SMALL, popsize=5)}, "ses_config.popsize was 4, and now is 5"),
-    "held-out rewards": ({"ses_config": replace(SMALL, report_rewards={"r": redness})}, "report_rewards was"),
+    "held-out rewards": ({"ses_config": replace(SMALL, report_rewards={"r": redness})}, "report_rewards.r was None"),
 }
 
 
@@ -345,8 +410,7 @@ def cut(name, keep):
 def other_version(out):
     """A kept search as a later version of ses_fast would write it."""
     path = next((out / "searches").iterdir())
-    path.write_bytes(path.read_bytes().replace(b'\\"format\\": ', b'\\"format\\": 9', 1))
-    assert b"format" in path.read_bytes()
+    path.write_bytes(re.sub(rb'\\"format\\": \d', rb'\\"format\\": 9', path.read_bytes()))
 
 
 def other_search(out):
@@ -442,7 +506,7 @@ def test_what_is_found_in_the_folder(case, half, whole, tmp_path):
 def test_a_kept_search_that_cannot_be_gone_on_with_is_said(half, tmp_path):
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     other_version(tmp_path)
-    with pytest.warns(UserWarning, match="the search that was kept in .* begins anew: .*format"):
+    with pytest.warns(UserWarning, match="the search that was kept in .* begins anew: .*it is of format 9"):
         run(PROMPTS, tmp_path)
 
 
@@ -619,7 +683,7 @@ def kill_at_random(forks, file, tmp_path, options, kills, seed):
     check_whole(out, tmp_path / "reference", ids)
 
 
-EMBEDDED = ("--steps", 2, "--width", 128, "--height", 128)
+EMBEDDED = ("--steps", 2, "--width", 128, "--height", 128, "--batch-size", "auto")
 
 
 def test_kills_at_random_moments(forks, tmp_path):
@@ -663,7 +727,8 @@ def test_the_command(toy, tmp_path, capsys):
     assert (settings["ses_config"]["popsize"], settings["ses_config"]["k_elites"]) == (5, 2)
     assert settings["arguments"] == {"num_inference_steps": 3, "width": 16} and settings["ses_inference_steps"] == 3
     (line,) = lines(tmp_path / "out")
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
+    assert re.search(r"1/1 prompts, 0 failed: 100%.* 6/6 \[\d\d:\d\d<00:00", bar)
     assert "prompts      1, 0 failed\n" in printed
     assert f"without search {line['base_score']:.2f}, with {line['score']:.2f}" in printed
     assert line["evaluations"] == 6 and toy.calls[0]["size"] == (8, 16)
@@ -748,6 +813,21 @@ def test_bad_commands_are_one_line_and_exit_code_2(case, toy, tmp_path, whole, m
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == "" and toy.calls == []
 
 
+def test_a_race_and_refined_answers(tmp_path):
+    """A preview may be an object in the settings' file; what a race stopped early is marked as such."""
+    caption = ses_fast.embedded.captions()[0]
+    (tmp_path / "p.txt").write_text(caption)
+    preview = {"race": [[0.9, 0.5]], "refine": 2, "scale": 2}
+    (tmp_path / "ses.json").write_text(json.dumps({"preview": preview, "strategy": "random"}))
+    options = command(tmp_path / "p.txt", tmp_path / "out", "--config", tmp_path / "ses.json", "--steps", 4)
+    assert ses_fast_batch(*options) == 0
+    (line,) = lines(tmp_path / "out")
+    assert line["early"] and len(line["scores"]) == 10 and line["status"] == "done"
+    settings = json.loads((tmp_path / "out" / "batch.json").read_text())["ses_config"]
+    assert settings["preview"] == preview | {"cfg": True} and settings["strategy"] == "random"
+    assert "stopped early" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_the_embedded_model_by_the_command(tmp_path):
     """The real thing, small: each image is that of its own call."""
     caption = ses_fast.embedded.captions()[0]
@@ -763,7 +843,7 @@ def test_the_embedded_model_by_the_command(tmp_path):
         ses_reward_model=ses_fast.embedded.load_reward(),
         ses_eval_budget=10,
         ses_inference_steps=2,
-        ses_config=replace(SMALL, progress=False),
+        ses_config=replace(SMALL, batch_size="auto", progress=False),
         **call,
     )
     assert np.array_equal(Image.open(tmp_path / "out" / line["image"]), image)

@@ -22,10 +22,15 @@ def redness(images, prompt):
     return images[:, 0].float().mean((1, 2)) - images[:, 2].float().mean((1, 2))
 
 
-@pytest.fixture(scope="module")
-def studio():
+def load():
+    """By its name in a worker too."""
     pipe = ses_fast.enable(tiny_flux())
     return Studio(pipe, {"brightness": brightness}, steps=4, held_out=redness, arguments=SIZE)
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return load()
 
 
 @pytest.fixture
@@ -105,6 +110,16 @@ def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypat
     again = compare.run(lambda: studio, plan, tmp_path, rounds=1)
     assert done == [(1, "brightness")]
     assert again == figures
+
+
+def test_workers_measure_the_same(studio, tmp_path):
+    plan = compare.Plan((PROMPT, "a blue owl"), ("brightness",), (2,), methods=("no search", "random"))
+    figures = compare.run(load, plan, tmp_path, rounds=1, workers=2)
+    for half, number in (("even", 0), ("odd", 1)):
+        methods = figures["tasks"]["brightness"][half]["methods"]
+        line = compare.measured(studio, plan, (), number, "brightness")["methods"]
+        for name, each in line.items():
+            assert methods[name]["budgets"][0]["reward"][0] == pytest.approx(each["reward"][0][0], abs=1e-4)
 
 
 def test_a_folder_of_another_comparison_is_refused(studio, plan, tmp_path):
@@ -204,9 +219,11 @@ def test_a_half_size_forward_counts_by_its_share():
 
 
 def test_a_method_that_is_another_ones_but_for_its_time_has_its_rewards():
-    figures = made_up(reference=[[1.0, 3.0]] * 2, mix=[[2.0, 4.0]] * 2, **{"mix - batches": [[0.0, 0.0]] * 2})
+    shared = {"reference": [[1.0, 3.0]] * 2, "ses": [[1.0, 3.0]] * 2}
+    figures = made_up(**shared, mix=[[2.0, 4.0]] * 2, **{"mix - batches": [[0.0, 0.0]] * 2})
     methods = figures["tasks"]["clip"]["even"]["methods"]
     assert methods["mix - batches"]["budgets"][1]["reward"][0] == 4
+    assert methods["mix - batches"]["budgets"][1]["forwards"] == methods["mix"]["budgets"][1]["forwards"]
     assert "| batches and linears (one by one) |" in tables.markdown(figures)
 
 
@@ -331,6 +348,15 @@ def test_a_noise_with_its_low_band_kept_is_told_from_one_with_it_anew(studio):
 
 def up(x):
     return torch.nn.functional.interpolate(x, scale_factor=2)
+
+
+def test_a_preview_of_a_file_has_known_fields(tmp_path):
+    (tmp_path / "ses.json").write_text('{"dwt_level": 2, "preview": {"scale": 2, "race": [[0.8, 0.5]], "refine": 1}}')
+    config = SESConfig.from_file(tmp_path / "ses.json")
+    assert config == SESConfig(dwt_level=2, preview=Preview(scale=2, race=((0.8, 0.5),), refine=1))
+    (tmp_path / "ses.json").write_text('{"preview": {"sacle": 2}}')
+    with pytest.raises(ValueError, match="preview has no sacle; it has scale, race, cfg, refine"):
+        SESConfig.from_file(tmp_path / "ses.json")
 
 
 def test_too_few_noises_are_refused(studio):

@@ -1,11 +1,11 @@
 """SESConfig in a file: settings, and never what belongs to one call."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 
-from ses_fast import SESConfig
+from ses_fast import Preview, SESConfig
 from ses_fast.pipelines import config
 
 SETTINGS = {"popsize": 20, "k_elites": 4, "wavelet_name": "db2", "dwt_level": 2, "batch_size": "auto"} | {
@@ -14,7 +14,9 @@ SETTINGS = {"popsize": 20, "k_elites": 4, "wavelet_name": "db2", "dwt_level": 2,
     "time_limit": 60.5,
     "backend": "torch",
     "progress": False,
+    "strategy": "random",
 }
+PREVIEW = {"scale": 1, "race": [[0.8, 0.5], [0.6, 0.25]], "cfg": False, "refine": 2}
 
 
 @pytest.fixture
@@ -31,6 +33,12 @@ def test_what_is_in_the_file(file):
     assert SESConfig.from_file(file(SETTINGS)) == SESConfig(**SETTINGS)
     assert SESConfig.from_file(str(file("{}"))) == SESConfig()
     assert SESConfig.from_file(file("\ufeff" + json.dumps({"popsize": 3}))).popsize == 3
+
+
+def test_a_preview_is_an_object(file):
+    given = SESConfig.from_file(file({"preview": PREVIEW}))
+    assert given.preview == Preview(1, ((0.8, 0.5), (0.6, 0.25)), False, 2)
+    assert SESConfig.from_file(file(json.dumps(given.settings()))) == given
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS])
@@ -58,6 +66,11 @@ BAD = {
     "a wavelet that is a number": ({"wavelet_name": 3}, "ses.json: "),
     "time as a word": ({"time_limit": "long"}, "ses.json: time_limit"),
     "an unknown backend": ({"backend": "jax"}, "ses.json: backend must be one of"),
+    "an unknown strategy": ({"strategy": "luck"}, "ses.json: .*luck"),
+    "a preview's unknown name": ({"preview": {"sclae": 2}}, "preview has no sclae; it has scale, race, cfg, refine"),
+    "a preview's scale": ({"preview": {"scale": 3}}, "ses.json: .*scale"),
+    "a preview's race": ({"preview": {"race": [[0.5, 0.5], [0.6, 0.4]]}}, "ses.json: .*race"),
+    "a preview that is a number": ({"preview": 2}, "ses.json: preview must be"),
     "progress as a number": ({"progress": 1}, "ses.json: progress must be True or False"),
 }
 
@@ -72,15 +85,3 @@ def test_bad_files(case, file):
 def test_no_such_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         SESConfig.from_file(tmp_path / "none.json")
-
-
-@dataclass(frozen=True)
-class Inner:
-    scale: int = 1
-
-
-def test_a_nested_setting(monkeypatch):
-    monkeypatch.setitem(config.NESTED, "inner", Inner)
-    assert config._from_json("inner", {"scale": 2}) == Inner(2) and config._from_json("popsize", {"n": 3}) == {"n": 3}
-    with pytest.raises(ValueError, match="inner has no size; it has scale"):
-        config._from_json("inner", {"size": 2})

@@ -129,6 +129,12 @@ def test_the_curve():
     drawn = curve([1.0, None, 3.0, 2.0, 5.0])
     assert drawn["dots"] == "M4 76h0M120 40h0M178 58h0M236 4h0"
     assert drawn["best"] == "M4 76H120V40H236V4H236" and (drawn["low"], drawn["high"]) == (1.0, 5.0)
+    raced = curve([1.0, None, 3.0, 2.0, 5.0], {4})
+    assert raced["best"] == "M4 76H120V40H236" and (raced["dots"], raced["pale"]) == (
+        "M4 76h0M120 40h0M178 58h0",
+        "M236 4h0",
+    )
+    assert curve([1.0, 2.0], {0, 1})["best"] == ""
     assert curve([None, 2.0, 2.0])["best"] == "M120 76H236"  # all alike: one line
     assert curve([]) is None and curve([None, 1.0]) is None
 

@@ -252,12 +252,15 @@ def test_the_same_from_memory():
     prompts = as_prompts(frame)
     assert [(each.text, each.seed, each.columns) for each in prompts] == [("a", None, {"n": 3}), ("b", 4, {"x": 0.5})]
     assert as_prompts(prompts) == prompts and as_prompts(iter(prompts)) == prompts
+    assert as_prompts([*prompts, "c", prompts[0]])[:2] == prompts
     json.dumps([dict(each.columns) for each in prompts])
 
 
-@pytest.mark.parametrize("given", ["a red fox", {"prompt": "a"}, b"a", [3], [as_prompts(["a"])[0], "b"]])
+@pytest.mark.parametrize(
+    "given", ["a red fox", {"prompt": "a"}, b"a", [3], [Prompt("a", "")], [Prompt("a", "b", seed=-1)]]
+)
 def test_what_is_no_list_of_prompts(given):
-    with pytest.raises(ValueError, match="prompt"):
+    with pytest.raises(ValueError, match="prompts must be|line 1: (a prompt is|the prompt is empty|the seed must)"):
         as_prompts(given)
 
 

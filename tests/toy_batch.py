@@ -55,6 +55,7 @@ class ToyPipeline:
             state=config.state,
             on_generation=config.on_generation,
             progress=config.progress,
+            time_limit=config.time_limit,
         )
         return to_picture(self.ses_result.latents.tanh()[0])
 
