@@ -12,6 +12,10 @@ def missing_extra(package: str, extra: str) -> ImportError:
 def warn(message: str) -> None:
     """A UserWarning at the user's line: at one of the package's own, Python would show it once for all searches."""
     level, frame = 2, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ses_fast", "diffsynth"):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "ses_fast",
+        "diffsynth",
+        "diffusers",
+    ):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(message, stacklevel=level)

@@ -15,7 +15,7 @@ import pytest
 import ses_fast
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("triton", "diffsynth", "transformers", "matplotlib", "pywt")
+HEAVY = ("triton", "diffsynth", "diffusers", "transformers", "matplotlib", "pywt")
 
 # Who imports whom, no more and no less (each may also import `errors` and its own package). `loop` receives callables:
 # no pipeline or reward.
@@ -75,7 +75,9 @@ IN_PIPELINES = {
     "batching": {"renderer"},
     "compiling": set(),
     "config": set(),
-    "diffsynth": {"compiling", "config", "renderer", "request", "run"},
+    "diffsynth": {"compiling", "config", "enabled", "renderer", "request", "run"},
+    "diffusers": {"compiling", "config", "enabled", "renderer", "request", "run"},
+    "enabled": {"compiling", "request"},
     "previews": {"batching", "race", "renderer", "scoring"},
     "race": {"config"},
     "refining": {"previews"},

@@ -8,11 +8,11 @@ from .config import Preview, SESConfig
 __all__ = ["Preview", "SESConfig", "disable", "enable"]
 
 # A library that SES knows -> the module here that adapts it: `FAMILIES`, `family_of`, `enable`, `disable`.
-ADAPTERS = {"DiffSynth-Studio": "diffsynth"}
+ADAPTERS = {"DiffSynth-Studio": "diffsynth", "diffusers": "diffusers"}
 
 
 def enable(pipe: Any, *, compile: bool | str = False) -> Any:
-    """Gives a DiffSynth pipeline the documented call, and returns the same object:
+    """Gives a pipeline of DiffSynth or diffusers the documented call, and returns the same object:
 
         pipe(prompt, enable_ses=True, ses_reward_model="pick", ses_eval_budget=50, ses_inference_steps=8)
 

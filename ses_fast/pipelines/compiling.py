@@ -1,5 +1,6 @@
 """torch.compile of a pipeline's repeated blocks, its undoing, and the seconds that it takes."""
 
+import functools
 import inspect
 import sys
 import time
@@ -57,17 +58,29 @@ def compile_blocks(pipe: Any, grows_with_prompt: GrowsWithPrompt | None, mode: s
     replaced, is compiled anew. Raises ValueError where there is nothing to compile.
     """
     models = [getattr(pipe, name, None) for name in getattr(pipe, "compilable_models", ())]
+    compile_models(pipe, models, functools.partial(pipe.compile_pipeline, dynamic=False), grows_with_prompt, mode)
+
+
+def compile_models(
+    pipe: Any,
+    models: list[Any],
+    compile: Callable[..., Any],
+    grows_with_prompt: GrowsWithPrompt | None,
+    mode: str,
+) -> None:
+    """Compiles blocks of `models` in place by `compile`, which takes torch.compile's arguments."""
     done = compilation(pipe)
     if done is not None and done.mode == mode and all(a is b for a, b in zip(done.models, models, strict=True)):
         return
     undo_compilation(pipe)
-    before = [(module, module._compiled_call_impl) for module in pipe.modules()]
+    parts = [module for model in models if model is not None for module in model.modules()]
+    before = [(module, module._compiled_call_impl) for module in parts]
     limit: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         limit["recompile_limit"] = MOST_GRAPHS
     else:  # torch 2.11 has one for the whole process; it stays raised after `disable`
         torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-    pipe.compile_pipeline(mode=mode, dynamic=False, **limit)
+    compile(mode=mode, **limit)
     changed = [(module, was) for module, was in before if module._compiled_call_impl is not was]
     if not changed:
         raise ValueError("the pipeline has no model to compile: load its dit first, or leave compile out")

@@ -117,6 +117,19 @@ def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _fact(value) for name, value in arguments.items() if not callable(value)}
 
 
+def given_noise(
+    given: Tensor,  # [1, C, h, w]
+    base: Tensor,  # [1, C, h, w] of the call
+) -> Tensor:  # [1, C, h, w] on the base's device
+    """A noise that a config or a state brings. Raises ValueError where the call's own is of another kind."""
+    if given.shape != base.shape or given.dtype != base.dtype:
+        raise ValueError(
+            f"the noise of this call is {base.dtype} of shape {tuple(base.shape)}, the given one "
+            f"{given.dtype} of {tuple(given.shape)}: give the height, width and pipeline it was made for"
+        )
+    return given.to(base.device)
+
+
 def reward_name(reward: Any) -> Any:
     """What a reward is called in a state: its name, names and weights, or the function's or class's own."""
     if isinstance(reward, WeightedReward):

@@ -23,9 +23,9 @@ from ...result import SearchResult
 from .. import run
 from ..compiling import CompileClock
 from ..renderer import Draft, Renderer
-from ..request import Request
+from ..request import Request, given_noise
 from .remembered import RandomState, RememberedUnits
-from .unit import SESUnit, check_loras, given_noise
+from .unit import SESUnit, check_loras
 
 # How a class lays out its noise, where that is not "1 c h w", in einops' words.
 LAYOUTS = {

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from ...result import SearchResult
-from ..compiling import NOTE, CompileClock, undo_compilation
+from ..compiling import CompileClock, undo_compilation
 from ..config import SESConfig
-from ..request import Request, facts, make_request
+from ..enabled import Enabled, enabled_class, facts_of
+from ..request import Request, make_request
 from ..run import answer
 from .unit import PER_CALL_LORAS, SESUnit
 
 # Arguments of the call that no preview depends on, or that a state holds in another form.
-NOT_OF_A_PREVIEW = {"prompt", "seed", "rand_device", "initial_noise", "num_inference_steps", "progress_bar_cmd"}
+NOT_OF_A_PREVIEW = frozenset(
+    {"prompt", "seed", "rand_device", "initial_noise", "num_inference_steps", "progress_bar_cmd"}
+)
 
 
-class SESPipeline:
+class SESPipeline(Enabled):
     """The documented call; `install` puts this class before the pipeline's own."""
-
-    ses_result: SearchResult | None = None
-    _ses_stock: type  # the pipeline's own class
 
     def __call__(
         self: Any,
@@ -75,7 +75,7 @@ class SESPipeline:
             prompt=given.get("prompt", args[0] if args else ""),
             seed=given.get("seed"),
             has_own_noise=given.get("initial_noise") is not None,
-            fingerprint={"pipeline": self._ses_stock.__name__, "arguments": _facts_of(bound)},
+            fingerprint={"pipeline": self._ses_stock.__name__, "arguments": facts_of(bound, NOT_OF_A_PREVIEW)},
             device=self.device,
         )
         self.ses_result = None  # an earlier call's is not this one's, which is accepted
@@ -122,26 +122,6 @@ class SESPipeline:
         except BaseException as failed:
             error.add_note(f"the clean-up after this error failed as well: {failed!r}")
 
-    def __getstate__(self) -> Any:
-        state: Any = super().__getstate__()
-        return {name: value for name, value in state.items() if name != NOTE}  # it is of the original's blocks
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made here, so that its name leads to the stock one: a copy makes it again.
-        reduced: Any = super().__reduce_ex__(protocol)
-        return _remake, (self._ses_stock,), *reduced[2:]
-
-
-@functools.cache
-def enabled_class(stock: type) -> type:
-    """`stock` with the documented call."""
-    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(
-        stock.__name__,
-        (SESPipeline, stock),
-        names | {"_ses_stock": stock, "__call__": _documented(stock.__call__)},
-    )
-
 
 def install(pipe: Any, family: type[SESUnit]) -> None:
     """Puts `SESPipeline` before the class of `pipe`, and one `family()` last in its units."""
@@ -150,7 +130,7 @@ def install(pipe: Any, family: type[SESUnit]) -> None:
     units = type(pipe.units)([*_stock_units(pipe), ours])
     stock: Any = type(pipe)
     if not issubclass(stock, SESPipeline):
-        pipe.__class__ = enabled_class(stock)
+        pipe.__class__ = enabled_class(SESPipeline, stock)
     pipe.units = units
 
 
@@ -169,10 +149,6 @@ def _stock_units(pipe: Any) -> list[Any]:
     return [unit for unit in pipe.units if not isinstance(unit, SESUnit)]
 
 
-def _remake(stock: Any) -> Any:
-    return object.__new__(enabled_class(stock))
-
-
 def _with(bound: inspect.BoundArguments, others: Mapping[str, Any]) -> inspect.BoundArguments:
     """The same call with some arguments replaced, by name, or added."""
     named = {name: value for name, value in others.items() if name in bound.arguments}
@@ -182,17 +158,6 @@ def _with(bound: inspect.BoundArguments, others: Mapping[str, Any]) -> inspect.B
     return bound.signature.bind(*given.args, **given.kwargs | rest)
 
 
-def _facts_of(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """What the call's previews depend on, beside prompt and noise; one that was left out counts as its default."""
-    bound = inspect.BoundArguments(bound.signature, dict(bound.arguments))
-    bound.apply_defaults()
-    arguments = dict(zip(bound.signature.parameters, bound.arguments.values(), strict=True))
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name)
-    return facts({name: value for name, value in arguments.items() if name not in NOT_OF_A_PREVIEW})
-
-
 def _as_tensor(image: Any, device: torch.device | str) -> Tensor:  # [1, 3, H, W] in [-1, 1]
     """A picture that the pipeline returned, for a reward."""
     if not hasattr(image, "convert"):
@@ -200,19 +165,3 @@ def _as_tensor(image: Any, device: torch.device | str) -> Tensor:  # [1, 3, H, W
     # Half a level up, so that the reward's truncation gives back the very levels of the picture.
     levels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
     return ((levels.float() + 0.5) / 127.5 - 1).to(device)
-
-
-def _documented(stock_call: Callable) -> Callable:
-    """`SESPipeline.__call__` under a signature that shows the stock parameters and the new ones."""
-
-    @functools.wraps(SESPipeline.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return SESPipeline.__call__(self, *args, **kwargs)
-
-    own = inspect.signature(SESPipeline.__call__).parameters.values()
-    stock = list(inspect.signature(stock_call).parameters.values())
-    rest = [stock.pop()] if stock[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    new = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    signature = inspect.Signature([*stock, *new, *rest])
-    __call__.__signature__ = signature  # type: ignore[attr-defined]
-    return __call__

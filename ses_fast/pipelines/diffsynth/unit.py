@@ -12,7 +12,7 @@ from torch import Tensor
 from ...result import SearchResult
 from .. import run
 from ..compiling import CompileClock
-from ..request import Request
+from ..request import Request, given_noise
 from .family import Family
 from .renderer import PipelineRenderer, first_latents
 from .schedule import Schedule
@@ -213,15 +213,3 @@ def check_loras(pipe: Any, given: Mapping[str, Any]) -> None:
                 f"with SES, {name}= cannot go with a LoRA that is loaded already: DiffSynth clears both after the "
                 "first forward. Call pipe.clear_lora(), or load both and leave the argument out"
             )
-
-
-def given_noise(
-    given: Tensor,  # [1, C, h, w]
-    base: Tensor,  # [1, C, h, w] of the call
-) -> Tensor:  # [1, C, h, w] on the base's device
-    if given.shape != base.shape or given.dtype != base.dtype:
-        raise ValueError(
-            f"the noise of this call is {base.dtype} of shape {tuple(base.shape)}, the given one "
-            f"{given.dtype} of {tuple(given.shape)}: give the height, width and pipeline it was made for"
-        )
-    return given.to(base.device)

@@ -1,0 +1,38 @@
+"""Images of diffusers as a reward takes them: at the 256 levels that the library's own pictures have.
+
+diffusers rounds to 8 bits, and a reward truncates as DiffSynth does: half a level up, both are the same.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def at_levels(
+    images: Tensor,  # [..., 3, H, W] in [0, 1], as output_type="pt" gives them
+) -> Tensor:  # [..., 3, H, W] fp32 in [-1, 1]
+    """Images whose truncation to 8 bits is the picture that diffusers saves."""
+    levels = (images.float() * 255).round()
+    return ((levels + 0.5) / 127.5 - 1).clamp(max=1)
+
+
+def middle_frame(
+    frames: Tensor,  # [n, F, 3, H, W]
+) -> Tensor:  # [n, 3, H, W]
+    return frames[:, frames.shape[1] // 2]
+
+
+def of_output(output: Any, device: torch.device) -> Tensor:  # [1, 3, H, W] in [-1, 1]
+    """The image, or a video's middle frame, of what a pipeline's call returned, whatever its `output_type`."""
+    images = output[0]
+    if isinstance(images, Tensor):
+        made = images
+    elif isinstance(images, np.ndarray):
+        made = torch.from_numpy(images).movedim(-1, -3)
+    else:
+        pictures = images[0] if isinstance(images[0], list) else images
+        made = torch.stack([torch.from_numpy(np.array(each.convert("RGB"))) for each in pictures]).movedim(-1, -3) / 255
+        made = made[None] if isinstance(images[0], list) else made
+    return at_levels(middle_frame(made) if made.ndim == 5 else made).to(device)
