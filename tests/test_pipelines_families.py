@@ -200,8 +200,8 @@ def test_the_users_own_guidance_is_not_bypassed(pipe, monkeypatch):
 )
 def test_the_automatic_batch_on_a_cpu_is_up_to_a_million_pixels(height, width, popsize, together):
     assert first_size("auto", popsize, "cpu", height * width) == together
-    assert first_size("auto", popsize, "cuda:1", height, width) is None  # one alone shows what fits
-    assert first_size(3, popsize, "cpu", height, width) == 3
+    assert first_size("auto", popsize, "cuda:1", height * width) is None  # one alone shows what fits
+    assert first_size(3, popsize, "cpu", height * width) == 3
 
 
 @pytest.mark.parametrize("family", ["Z-Image"])

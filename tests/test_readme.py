@@ -80,7 +80,8 @@ def test_the_readme_has_a_row_for_every_image_pipeline_of_the_installed_diffsynt
 
 def test_the_example_runs_as_it_is_shown(monkeypatch, tmp_path):
     """With small weights in place of SDXL's, a smaller image and fewer previews."""
-    example = next(code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "XL" in code)
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = next(code for code in examples if "diffsynth.pipelines.stable_diffusion_xl" in code)
     for shown, small in (("1024", "64"), ("30", "3"), ("50", "3"), ("10)", "2)")):
         assert shown in example
         example = example.replace(shown, small)

@@ -426,7 +426,8 @@ def test_threads_load_a_reward_once(folder, monkeypatch):
 
 def test_a_copy_scores_alike(folder):
     reward, images = ses_fast.load_reward("clip", folder, "cpu"), make_images(64, 64)
-    assert torch.equal(copy.deepcopy(reward)(images, PROMPT), reward(images, PROMPT))
+    # Not bit for bit: where a copy lies in memory may change how its matrices are cut.
+    torch.testing.assert_close(copy.deepcopy(reward)(images, PROMPT), reward(images, PROMPT), rtol=1e-5, atol=1e-5)
 
 
 def test_published_weights_take_their_authors_processor(folder, monkeypatch, tmp_path):
