@@ -1,7 +1,6 @@
 """What a search has found, in memory and on disk."""
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +191,7 @@ def _read(facts: dict[str, Any], tensors: dict[str, Tensor]) -> SearchResult:
         raise ValueError("its forwards are not whole numbers")
     best, refined = facts.get("best"), _read_refined(_part(facts, "refined", list), state)
     known = leaders(state, state.config.k_elites)
-    if state.include_base and state.history and state.history[0] > -math.inf and all(each.number for each in known):
+    if state.include_base and known and all(each.number for each in known):
         known.append(Leader(state.base, 0, state.history[0]))
     if not known:
         if best is not None or latents is not None:

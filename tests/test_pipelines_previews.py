@@ -5,11 +5,12 @@ import itertools
 
 import pytest
 import torch
-from tiny import BASE, GUIDED, MAKE, QUIET, SES, Seen, brightness, pixels, search, tiny_flux, tiny_z_image
+from tiny import BASE, GUIDED, MAKE, PHOTO, QUIET, SES, Seen, brightness, pixels, search, tiny_flux, tiny_z_image
 
 import ses_fast
 from ses_fast import Preview, SearchResult, SESConfig
 from ses_fast.evolution import ask, start
+from ses_fast.pipelines.batching import Batches
 from ses_fast.pipelines.config import DEFAULT_RACE
 from ses_fast.pipelines.race import Rung, rungs_of, who_goes_on
 
@@ -295,6 +296,7 @@ def test_time_is_left_for_the_final_image(pipe):
     [
         ({"scale": 4}, "must be 1, or 2"),
         ({"scale": True}, "must be 1, or 2"),
+        ({"scale": 2.0}, "must be 1, or 2"),
         ({"race": "fast"}, "both falling"),
         ({"race": ((0.5, 0.5), (0.7, 0.3))}, "both falling"),
         ({"race": ((0.7, 0.3), (0.5, 0.5))}, "both falling"),
@@ -317,3 +319,78 @@ def test_the_documented_call_batches_by_itself(pipe):
     pipe(**BASE | SES | FOUR, ses_eval_budget=4, ses_config=config)
     assert config.batch_size == "auto" and seen.numbers == [(0, 0, 4)]
     assert QUIET["batch_size"] == 1  # what the other tests look at
+
+
+# ---------------------------------------------------------------- what an attack found
+
+
+def test_a_callback_that_writes_on_the_steps_makes_no_early_score_final(pipe):
+    _, result, _ = search(pipe, 4, FOUR, preview=RACE)
+    vandal = lambda images, scores, generation, first, steps: steps.zero_()  # noqa: E731
+    _, spoilt, _ = search(pipe, 4, FOUR, preview=RACE, on_preview=vandal)
+    assert spoilt.trace == result.trace and spoilt.best == result.best
+
+
+def test_a_base_that_wins_in_full_alone_is_saved_and_loaded(pipe, tmp_path):
+    calls = itertools.count()
+
+    def reward(images, prompt):
+        scores = brightness(images, prompt)
+        if next(calls) == 0:
+            scores[0] = float("nan")  # the base's preview, and no other
+        return torch.where(torch.arange(len(scores)) == len(scores) - 1, 9.0, scores) if len(scores) != 4 else scores
+
+    with pytest.warns(UserWarning, match="not finite"):
+        _, result, _ = search(
+            pipe, 4, FOUR | {"ses_reward_model": reward}, preview=Preview(refine=2), batch_size="auto"
+        )
+    assert (result.best.generation, result.best.index) == (0, 0) and result.score == 9.0
+    result.save(tmp_path / "found")
+    assert SearchResult.load(tmp_path / "found").best == result.best
+
+
+@pytest.mark.parametrize("name", ["input_image", "controlnet_inputs"])
+def test_half_the_size_refuses_what_is_made_for_all_of_it(pipe, name):
+    given = {"input_image": PHOTO, "controlnet_inputs": [object()]}[name]
+    with pytest.raises(ValueError, match=f"{name}= is made for all of it"):
+        search(pipe, 4, FOUR | {name: given}, dwt_level=1, preview=Preview(scale=2))
+
+
+def test_half_the_size_needs_a_call_that_takes_a_size():
+    class Fixed(type(tiny_z_image())):
+        def __call__(self, prompt, *, seed=None, side=64, **others):
+            return super().__call__(prompt, seed=seed, height=side, width=side, **others)
+
+    pipe = tiny_z_image()
+    pipe.__class__ = Fixed
+    pipe = ses_fast.enable(pipe)
+    call = {name: value for name, value in (BASE | SES | FOUR).items() if name not in ("height", "width")}
+    with pytest.raises(ValueError, match="takes height= and width="):
+        pipe(**call, ses_config=SESConfig(**QUIET, dwt_level=1, preview=Preview(scale=2)))
+
+
+def test_half_the_size_does_not_search_what_it_cannot_show(pipe):
+    with pytest.raises(ValueError, match="dwt_level 2 or more"):
+        search(pipe, 4, FOUR, dwt_level=1, strategy="high_band", preview=Preview(scale=2))
+
+
+def test_survivors_are_not_filled_up_to_a_generation():
+    sizes = []
+    batches = Batches(10, most=10, device="cpu", filled=True)
+    model = torch.nn.Linear(1, 1)
+    run = lambda n, fill_to: batches.run(lambda x: sizes.append(len(x)) or x, torch.zeros(n, 2), model, fill_to)  # noqa: E731
+    for n, fill_to in ((10, None), (7, 8), (3, 4), (3, None), (1, 1)):
+        assert len(run(n, fill_to)) == n
+    assert sizes == [10, 8, 4, 10, 1]
+
+
+def test_a_race_that_ends_inside_a_generation_is_warned_of(pipe):
+    with pytest.warns(UserWarning, match="ends inside a generation of 4"):
+        search(pipe, 6, FOUR, preview=RACE)
+
+
+def test_scores_are_handed_over_in_the_rewards_dtype(pipe):
+    given = []
+    search(pipe, 4, FOUR, preview=RACE, on_preview=lambda images, scores, *_: given.append(scores.dtype))
+    search(pipe, 4, FOUR, on_preview=lambda images, scores, *_: given.append(scores.dtype))
+    assert set(given) == {torch.float32}

@@ -44,12 +44,13 @@ class Batches:
         stage: Callable[[Any], Rows],
         inputs: Tensor | Draft,  # of n candidates
         model: torch.nn.Module,  # whose linear layers the stage runs
+        fill_to: int | None = None,  # how many rows a short batch is filled up to, at most
     ) -> Rows:
         """`stage` of all inputs, batch after batch. Raises torch.OutOfMemoryError where no smaller batch is left."""
         done: list[Rows] = []
         while len(inputs):
             n = min(self.size or 1, len(inputs))
-            rows = self._rows(n)
+            rows = self._rows(n, fill_to or self.most)
             measured = self.size is None and on_gpu(self.device)
             if measured:
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -77,11 +78,11 @@ class Batches:
             inputs = _rows(inputs, slice(n, None))
         return _joined(done)
 
-    def _rows(self, n: int) -> int:
+    def _rows(self, n: int, fill_to: int) -> int:
         """How many go through the stage for n inputs."""
         if not self.filled or n == 1:
             return n
-        return max(n, min(self.size or 1, self.most))
+        return max(n, min(self.size or 1, self.most, fill_to))
 
 
 def first_size(size: int | str, most: int, device: torch.device | str, pixels: int) -> int | None:

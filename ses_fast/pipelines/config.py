@@ -34,7 +34,9 @@ class Preview:
         that they are searched by the same numbers. Haar, from dwt_level 1 on, even latents.
     race: stops candidates on their way. (sigma, share) for each rung: at the first step whose forward is made at that
         noise level or a lower one, the foreseen image (x0) is scored and the best `share` of the generation go on. A
-        stopped one keeps its early score, which is never the best. "auto": DEFAULT_RACE. None: none is stopped.
+        stopped one keeps its early score, which is never the best. A sum of rewards is then standardised by the first
+        rung's images; a budget that ends inside a generation makes another race of it.
+        "auto": DEFAULT_RACE. None: none is stopped.
     cfg: False leaves classifier-free guidance out of previews, which halves their cost where the call uses it.
     refine: after the search so many of the best candidates (up to k_elites), and the base, are rendered and scored
         again as the final image will be, in its steps and size. The answer is the best of these.
@@ -48,18 +50,18 @@ class Preview:
     refine: int = 0
 
     def __post_init__(self) -> None:
-        if self.scale not in (1, 2) or isinstance(self.scale, bool):
+        if type(self.scale) is not int or self.scale not in (1, 2):
             raise ValueError(f"Preview(scale=) must be 1, or 2 for half the height and width; got {self.scale!r}")
         if not isinstance(self.cfg, bool):
             raise ValueError(f"Preview(cfg=) must be True or False, got {self.cfg!r}")
         object.__setattr__(self, "refine", whole_number("Preview(refine=)", self.refine, 0))
-        if self.race not in (None, "auto"):
+        if self.race is not None and not (isinstance(self.race, str) and self.race == "auto"):
             object.__setattr__(self, "race", _checked_race(self.race))
 
     @property
     def rungs(self) -> Race:
         """The race's (sigma, share) pairs; none without a race."""
-        return DEFAULT_RACE if self.race == "auto" else self.race or ()  # type: ignore[return-value]
+        return DEFAULT_RACE if isinstance(self.race, str) else self.race or ()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -95,12 +97,13 @@ class SESConfig:
         is the final image bit for bit where their steps agree. Where the call's inputs allow no batch they go one
         by one. "auto": on a GPU what fits in its free memory, halved if that runs out; on a CPU up to a million
         pixels. With "auto", a race, a sum of rewards, and under VRAM management, scoring, on_preview and time_limit
-        come once a generation.
+        come once a generation, and an exception loses the generation that it comes in.
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
     generator: a CPU torch.Generator to draw from instead, as in `evolve`.
     progress, on_generation, backend: as in `evolve`; the time to compile counts too.
-    time_limit: in seconds; with ses_eval_budget=None the search takes so long that the whole call ends by then.
+    time_limit: in seconds; with ses_eval_budget=None the search takes so long that the whole call ends by then;
+        the time of held-out rewards and of callbacks comes on top.
     on_preview: called as on_preview(images, scores, generation, first) with each batch: images (n, 3, H, W)
         in [-1, 1], the scores as the reward gave them, the first one's number within its generation. A callback
         with a parameter `steps` gets it too: after how many steps each score was made, 0 where it is final.

@@ -124,8 +124,10 @@ class Previews(Objective):
         def advance(rows: Tensor | Draft) -> Draft:
             return renderer.advance(rows if isinstance(rows, Draft) else renderer.begin(rows), to)
 
-        draft = self.denoising.run(advance, start, renderer.model)
         done = start.step if isinstance(start, Draft) else 0
+        # Survivors are not filled up to a whole generation again, but to a power of two: few sizes to compile for.
+        fill_to = 1 << (len(start) - 1).bit_length() if done else None
+        draft = self.denoising.run(advance, start, renderer.model, fill_to)
         self.forwards += len(draft) * (to - done) * renderer.forwards_a_step
         self.stopwatch.lap("denoise")
         return draft
@@ -157,7 +159,7 @@ class Previews(Objective):
             seen = self._looked_at(draft.latents if is_last else _clean(draft))
             if self.on_preview is not None:
                 images = _put(images, running, seen[0])
-            given, scored = _put_scores(given, scored, running, seen[1], seen[2])
+            given, scored = _put_scores(given, scored, running, seen[2])
             steps[running.cpu()] = 0 if is_last else to
             last = seen[2].scores
         return images, given, scored._replace(steps=steps)
@@ -190,11 +192,11 @@ def _put(whole: Tensor, rows: Tensor, news: Tensor) -> Tensor:
     return whole.index_copy(0, rows.to(whole.device), news.to(whole.dtype))
 
 
-def _put_scores(given: Any, scored: Scored, rows: Tensor, new_given: Any, news: Scored) -> tuple[Any, Scored]:
+def _put_scores(given: Any, scored: Scored, rows: Tensor, news: Scored) -> tuple[Any, Scored]:
     """The scores of a whole generation, with newer ones of some of its candidates in their places."""
     members = {name: _put(raw, rows, news.members[name]) for name, raw in scored.members.items()}
     scored = Scored(_put(scored.scores, rows, news.scores), members)
-    return (scored.scores.clone() if isinstance(given, Tensor) else scored.scores.tolist()), scored
+    return (scored.scores.to(given.dtype, copy=True) if isinstance(given, Tensor) else scored.scores.tolist()), scored
 
 
 def _with_steps(callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -210,6 +212,6 @@ def _with_steps(callback: Callable[..., Any] | None) -> Callable[..., Any] | Non
         if not takes_steps:
             return callback(images, scores, generation, first)
         none = torch.zeros(len(images), dtype=torch.int64, device="cpu")
-        return callback(images, scores, generation, first, steps=none if steps is None else steps)
+        return callback(images, scores, generation, first, steps=none if steps is None else steps.clone())
 
     return call

@@ -60,6 +60,13 @@ def search(
     if cheap.scale == 2 and any(side % 2 for side in base.shape[-2:]):
         raise ValueError(f"Preview(scale=2) needs even latents, this call's are {tuple(base.shape)}: give another size")
     evolution = config.evolution(height, width)
+    if cheap.rungs and request.budget is not None and request.budget % evolution.popsize:
+        warn(
+            f"ses_eval_budget={request.budget} ends inside a generation of {evolution.popsize}, and a race is of those "
+            "that are scored together: a search that goes on from this one stops others than an uninterrupted one"
+        )
+    if cheap.scale == 2 and evolution.strategy == "high_band" and evolution.dwt_level == 1:
+        raise ValueError("previews of half the size do not show the high band of level 1: give dwt_level 2 or more")
     scoring = scoring_of(request.reward, request.prompt)
     pixels = height * width
     previews = _previews(

@@ -36,7 +36,7 @@ class SESPipeline(Enabled):
         *args: Any,
         enable_ses: bool = False,
         ses_reward_model: Any = "pick",
-        ses_eval_budget: int = 50,
+        ses_eval_budget: int | None = 50,
         ses_inference_steps: int = 10,
         ses_config: SESConfig | None = None,
         **kwargs: Any,
@@ -45,7 +45,8 @@ class SESPipeline(Enabled):
 
         ses_reward_model: a name or a dict of weights for `load_reward`, a loaded reward, or any callable that
             takes images (n, 3, H, W) in [-1, 1] and the prompt, and returns n scores, higher for better.
-        ses_eval_budget: how many previews are made and scored; with 0 the call is the stock one.
+        ses_eval_budget: how many previews are made and scored; with 0 the call is the stock one; None: as many as
+            SESConfig(time_limit=) allows.
         ses_inference_steps: the steps of a preview. With as many as num_inference_steps the final image equals
             the best preview; more only cost time, and give a warning.
         ses_config: everything else. Without enable_ses=True these four do nothing.
@@ -78,6 +79,8 @@ class SESPipeline(Enabled):
             fingerprint={"pipeline": self._ses_stock.__name__, "arguments": facts_of(bound, NOT_OF_A_PREVIEW)},
             device=self.device,
         )
+        if request.config.preview.scale != 1 and request.reward is not None:
+            unit.check_scale(bound.signature.parameters.keys(), given)
         self.ses_result = None  # an earlier call's is not this one's, which is accepted
         bound = _with(bound, {"seed": request.seed})
         if request.reward is None and request.latents is None:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,13 @@ from .schedule import Schedule
 PER_CALL_LORAS = ("lora", "positive_only_lora", "negative_lora")  # arguments of the call
 
 
+# How the names of arguments begin that hold pictures, masks, noise or tiles of the whole image's size.
+WHOLE_SIZE = (
+    *("input_image", "inpaint_", "initial_noise", "controlnet_", "blockwise_controlnet_", "flex_", "infinityou_"),
+    *("step1x_", "layer_input_image", "context_image", "tiled"),
+)
+
+
 @dataclass
 class Call:
     """A call with enable_ses=True, while the pipeline's units run."""
@@ -31,7 +38,7 @@ class Call:
     again: Callable[..., Any]  # the stock call, with another height and width
 
 
-class _UnitsDone(Exception):
+class _UnitsDone(BaseException):  # not an Exception: a user's own call may catch those
     """Ends a call whose units were all that was wanted."""
 
     def __init__(self, *inputs: dict[str, Any]) -> None:
@@ -67,6 +74,19 @@ class SESUnit(Family):
                 "not on pipe.scheduler itself"
             )
         check_loras(pipe, given)
+
+    def check_scale(self, takes: Collection[str], given: Mapping[str, Any]) -> None:
+        """Raises ValueError where the call cannot be made again at half its size.
+
+        takes: the names of its arguments.
+        """
+        if "height" not in takes or "width" not in takes:
+            raise ValueError("Preview(scale=2) needs a call that takes height= and width=: leave it out")
+        whole = [name for name, value in given.items() if name.startswith(WHOLE_SIZE) and value not in (None, False)]
+        if whole:
+            raise ValueError(
+                f"Preview(scale=2) halves the size, and {whole[0]}= is made for all of it: leave one of them out"
+            )
 
     def render(
         self,
