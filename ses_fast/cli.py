@@ -89,7 +89,7 @@ def _search(prompt: str, job: Job, pipe: Any, reward: Any, config: Any, previews
     picture(output).save(job.out / "image.png")
 
     result = pipe.ses_result
-    scores = [evaluation.score for evaluation in result.trace]
+    scores = [-math.inf if evaluation.steps else evaluation.score for evaluation in result.trace]
     generations = [evaluation.generation for evaluation in result.trace]
     report.draw_budgets(previews.best, job.out / "budgets.png", prompt)
     report.draw_curve(scores, generations, job.out / "curve.png", result.base_score)
@@ -104,8 +104,14 @@ def _search(prompt: str, job: Job, pipe: Any, reward: Any, config: Any, previews
         "settings": {"prompt": prompt, **job.settings},
         "versions": {"ses-fast": __version__, "python": platform.python_version(), **_versions()},
         "scores": [
-            {"generation": each.generation, "index": each.index, "score": _number(each.score)} for each in result.trace
+            {"generation": each.generation, "index": each.index, "score": _number(each.score), "steps": each.steps}
+            for each in result.trace
         ],
+        "refined": [
+            {"generation": each.generation, "index": each.index, "score": _number(each.score)}
+            for each in result.refined
+        ],
+        "forwards": result.forwards,
         "seconds": result.seconds,
     }
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
@@ -120,7 +126,10 @@ def _search(prompt: str, job: Job, pipe: Any, reward: Any, config: Any, previews
 
 
 class _BestPreviews:
-    """The best preview and its score after 0 (the base, scored first), 10, 30, ... and all evaluations."""
+    """The best preview and its score after 0 (the base, scored first), 10, 30, ... and all evaluations.
+
+    One that a race stopped on its way is never the best.
+    """
 
     def __init__(self, budget: int) -> None:
         self.marks = {*(mark for mark in MARKS if mark < budget), budget}
@@ -128,9 +137,10 @@ class _BestPreviews:
         self._count = 0
         self._leader: tuple[float, Any] = (-math.inf, None)
 
-    def __call__(self, images: Any, scores: Any, generation: int, first_index: int) -> None:
-        for image, score in zip(images, map(float, scores), strict=True):
-            score = score if math.isfinite(score) else -math.inf  # as the search counts it
+    def __call__(self, images: Any, scores: Any, generation: int, first_index: int, steps: Any = None) -> None:
+        early = [0] * len(images) if steps is None else steps.tolist()
+        for image, score, stopped in zip(images, map(float, scores), early, strict=True):
+            score = score if math.isfinite(score) and not stopped else -math.inf  # as the search counts it
             self._count += 1
             if self._leader[1] is None or score > self._leader[0]:
                 self._leader = (score, image.detach().cpu())

@@ -165,6 +165,12 @@ def test_the_best_preview_is_the_first_of_the_finite_best(scores, best):
     assert previews.best[len(scores)][1][0, 0, 0] == best
 
 
+def test_a_preview_that_a_race_stopped_is_never_the_best():
+    previews = cli._BestPreviews(3)
+    previews(torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2), [1.0, 9.0, 2.0], 0, 0, torch.tensor([0, 2, 0]))
+    assert previews.best[3][0] == 2.0 and previews.best[3][1][0, 0, 0] == 2.0
+
+
 def test_a_score_that_is_not_finite_is_null_in_the_result(toy, tmp_path, monkeypatch):
     scores = iter([math.nan, 1.0, -math.inf, 3.0, 2.0])
     monkeypatch.setattr(job, "load_reward", lambda name, weights: lambda images, prompt: torch.tensor([next(scores)]))

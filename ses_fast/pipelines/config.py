@@ -18,8 +18,8 @@ from ..state import EvolutionConfig, SearchState, check_state
 
 Race = Sequence[tuple[float, float]]  # (sigma, share) of each rung, both falling
 # Chosen on the scores of FLUX.1-dev's previews that TTSnap's authors published (arXiv 2511.22242; 512 pixels, 20
-# steps), 100 prompts of 200. On the others a race of generations of 10 is worth 1.23 (HPSv2), 1.41 (ImageReward) and
-# 1.30 (PickScore) times its cost, where a decode and a score cost 0.15 forward.
+# steps), 100 prompts of 200. On the others a budget of 50 in generations of 10 is worth some 1.2 (HPSv2), 1.4
+# (ImageReward) and 1.3 (PickScore) times its cost, where a decode and a score cost 0.15 forward.
 DEFAULT_RACE: Race = ((0.84, 0.7), (0.77, 0.5), (0.65, 0.25))
 
 # Fields that belong to one call: compared by identity, and printed in a word.
