@@ -88,8 +88,9 @@ def test_generate_writes_what_the_search_found(toy, tmp_path, capsys):
     assert result["score"] > result["base_score"]
     assert (result["evaluations"], result["seed"]) == (35, 7)
     assert [tuple(score.values()) for score in result["scores"]] == [
-        (each.generation, each.index, each.score) for each in found.trace
+        (each.generation, each.index, each.score, None) for each in found.trace
     ]
+    assert result["refined"] == [] and result["forwards"] == found.forwards
     assert result["settings"]["prompt"] == PROMPT and result["settings"]["steps"] == 3
     assert result["settings"]["popsize"] == 10 and "search" not in result["settings"]
     assert result["versions"]["torch"] == torch.__version__ and result["seconds"]["total"] > 0
