@@ -501,6 +501,7 @@ def test_what_is_found_in_the_folder(case, half, whole, tmp_path):
     else:
         assert pictures(tmp_path) == pictures(whole)
     assert not leftovers(tmp_path)
+    assert run(PROMPTS, tmp_path)[1].calls == []  # every line that was written can be read
 
 
 def test_a_kept_search_that_cannot_be_gone_on_with_is_said(half, tmp_path):
