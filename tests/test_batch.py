@@ -759,6 +759,7 @@ def test_exit_code_1_where_a_prompt_failed(toy, tmp_path, monkeypatch, capsys):
 def test_ctrl_c(toy, tmp_path, monkeypatch, capsys, whole):
     """It ends within the preview that is under way, and the same command goes on."""
     count = 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 
     def interrupted(images, prompt):
         nonlocal count
@@ -775,6 +776,7 @@ def test_ctrl_c(toy, tmp_path, monkeypatch, capsys, whole):
     assert "the same command goes on" in capsys.readouterr().err
     assert ses_fast_batch(*options) == 0 and count == 15 + 6 + 10  # one generation of the second prompt was kept
     assert pictures(tmp_path / "out") == pictures(whole)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_disk_that_fills_up_is_one_line(toy, tmp_path, monkeypatch, capsys):
