@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .files import write_whole
-from .methods import METHODS, Method
+from .methods import METHODS, REFERENCE, Method
 from .pipelines import SESConfig, disable, enable
 from .studio import Studio, score_of
 from .tables import markdown, plotted, summarise
@@ -342,6 +342,9 @@ def _time_all(studio: Studio, plan: Plan, times: Lines, rounds: int) -> None:
     turns = list(itertools.product(range(min(rounds, len(plan.prompts))), plan.tasks, plan.methods))
     turns = [turn for turn in turns if turn not in known]
     guided = studio.warm_up(plan.prompts[0], plan.tasks[0]) if turns else 1
+    if turns and REFERENCE.name in plan.methods:
+        with contextlib.suppress(ValueError):  # a pipeline that it cannot drive is noted below
+            _documented(studio, plan.prompts[0], 0, plan.tasks[0], (2,), final=True)
     for number, task, name in tqdm(turns, desc="seconds", mininterval=5):
         row: dict[str, Any] = {"round": number, "task": task, "method": name}
         if any("refused" in each for each in times.rows if each["method"] == name):
