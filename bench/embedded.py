@@ -29,6 +29,7 @@ from bench.environment import environment
 from bench.ops import result_path
 from bench.table import lines_of
 from ses_fast import embedded, ops, statistics
+from ses_fast.rewards.pil import of_pil
 
 STEPS = 8
 SIZE, HALF, CHANNELS = 256, 128, 16  # pixels, the latents are an eighth; and their channels
@@ -88,7 +89,7 @@ class Studio:
         seen: dict[str, list] = {"score": [], "right": []}
         for noise in noises:
             image = self.search(caption, 0, 1, size=8 * noise.shape[-1], latents=noise[None])
-            seen["score"].append(self.reward(_to_tensor(image), caption).item())
+            seen["score"].append(self.reward(of_pil(image), caption).item())
             seen["right"].append(embedded.judge(image, caption)["all"])
         return seen
 
@@ -99,11 +100,6 @@ _studio: Studio | None = None
 def _open_studio() -> None:
     global _studio
     _studio = Studio()
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:  # [1, 3, H, W]
-    # Half a level up, so that the reward's truncation gives back the very levels of the picture.
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] + 0.5) / 127.5 - 1
 
 
 def headroom_of(job: tuple[int, str]) -> dict:
@@ -148,7 +144,7 @@ def search_of(job: tuple[int, str]) -> dict:
     assert _studio is not None
     seed, caption = job
     image = _studio.search(caption, seed, BUDGET)
-    heldout = _studio.heldout(_to_tensor(image), caption).item()
+    heldout = _studio.heldout(of_pil(image), caption).item()
     score, right = _studio.pipe.ses_result.score, embedded.judge(image, caption)["all"]
     return {"caption": caption, "score": score, "heldout": heldout, "right": right}
 

@@ -128,6 +128,7 @@ def _quiet(steps: Any) -> Any:  # in place of a progress bar
 
 
 def known_model(args: argparse.Namespace) -> str:
+    """The model that is named. Raises ValueError for an unknown one, and for a size that it cannot draw."""
     known("model", args.model, MODELS)
     if args.model == "embedded":
         from .embedded.pipeline import check_size

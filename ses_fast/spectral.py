@@ -147,6 +147,7 @@ def check_wavelet(wavelet: str) -> None:
 
 
 def is_haar(wavelet: str) -> bool:
+    """Whether it is Haar by one of its names. Raises ValueError for an unknown wavelet."""
     check_wavelet(wavelet)
     return wavelet.lower() in HAAR
 

@@ -86,6 +86,8 @@ class Generation(NamedTuple):
 
 
 class Strategy(NamedTuple):
+    """How candidates are drawn, and in which numbers."""
+
     draw: Callable[[Generation], tuple[Tensor, Tensor]]  # (candidates [n, ..., H, W], numbers [n, D])
     moves: str = "lowest"  # the band that is searched: "lowest", "high" or "whole"
 
@@ -223,7 +225,8 @@ def evened(
     return g.joined(low * of_low.sqrt(), rest * of_rest.sqrt()).view(x.shape)
 
 
-def mean_square(x: Tensor) -> Tensor:  # [n, 1, ...] of [n, ...], above 0
+def mean_square(x: Tensor) -> Tensor:  # [n, 1, ...] of [n, ...]
+    """Each one's, above 0."""
     return x.square().mean(tuple(range(1, x.dim())), keepdim=True).clamp(min=1e-12)
 
 

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .pipelines import Preview, SESConfig
 from .result import SearchResult
+from .rewards.pil import of_pil
 from .scores import as_scores
 from .stopwatch import device_clock
 
@@ -62,9 +61,7 @@ class Studio:
 
     def tensor(self, picture: Any) -> Tensor:  # [1, 3, H, W] in [-1, 1]
         """A picture that the pipeline returned, for a reward."""
-        # Half a level up, so that a reward's truncation gives back the very levels of the picture.
-        levels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
-        return ((levels.float() + 0.5) / 127.5 - 1).to(self.pipe.device)
+        return of_pil(picture, self.pipe.device)
 
     def warm_up(self, prompt: str, task: str) -> int:
         """A first search, which costs more than others. Returns the denoiser's forwards of a step: 2 with guidance."""

@@ -296,5 +296,6 @@ def _number(value: float | None, places: int = 2, missing: str = "not measured")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)

@@ -67,7 +67,7 @@ IMPORTS = {
     "strategies": {"ops", "spectral"},
     "statistics": set(),
     "stopwatch": set(),
-    "studio": {"pipelines", "result", "scores", "stopwatch"},
+    "studio": {"pipelines", "result", "rewards", "scores", "stopwatch"},
     "tables": {"methods", "statistics"},
     "_torchvision": set(),
     "errors": set(),

@@ -428,3 +428,12 @@ def test_scores_are_handed_over_in_the_rewards_dtype(pipe):
     search(pipe, 4, FOUR, preview=RACE, on_preview=lambda images, scores, *_: given.append(scores.dtype))
     search(pipe, 4, FOUR, on_preview=lambda images, scores, *_: given.append(scores.dtype))
     assert set(given) == {torch.float32}
+
+
+def test_survivors_of_a_compiled_pipeline_go_on_in_a_smaller_batch(pipe, monkeypatch):
+    monkeypatch.setattr("ses_fast.pipelines.diffsynth.renderer.compilation", lambda pipe: object())
+    race = Preview(race=((0.95, 0.4), (0.8, 0.2)))
+    with forward_sizes(pipe) as sizes:
+        search(pipe, 8, FOUR, popsize=8, include_base=False, batch_size=8, preview=race)
+    # Four of eight go on, then two; at 0.4 and 0.2 of eight.
+    assert [size for size, _ in itertools.groupby(sizes)][:3] == [8, 4, 2]

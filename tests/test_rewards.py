@@ -21,6 +21,7 @@ from tiny_clip import PILImageProcessor, byte_tokenizer, save_tiny_clip, tiny_cl
 import ses_fast
 from ses_fast.rewards import REWARDS, known_name
 from ses_fast.rewards.clip import VIT_H_14, CLIPReward, read_preprocessing
+from ses_fast.rewards.pil import of_pil, to_pil
 
 TOLERANCE = {"stock": 1e-4, "batch": 1e-4}
 PROMPT = "two red squares left of three blue rings"
@@ -717,3 +718,10 @@ def test_the_whole_vit_h_14_equals_the_stock_path(tmp_path):
     ses_fast.unload_rewards()
     (tmp_path / "aside.json").rename(tmp_path / "config.json")
     assert_stock(scores, tmp_path, images, PROMPT)
+
+
+def test_a_picture_and_its_image_are_each_others():
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    picture = to_pil(levels.float() / 127.5 - 1 + 1e-3)[0]
+    assert torch.equal(of_pil(picture), of_pil(to_pil(of_pil(picture))[0]))
+    assert torch.equal(((of_pil(picture) + 1) * 127.5).to(torch.uint8), levels)

@@ -94,6 +94,7 @@ def first_size(size: int | str, most: int, device: torch.device | str, pixels: i
 
 
 def on_gpu(device: torch.device | str) -> bool:
+    """Whether the device has memory of its own that a batch may exhaust."""
     return torch.device(device).type == "cuda"
 
 

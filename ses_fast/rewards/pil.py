@@ -64,3 +64,14 @@ def to_pil(
 
     levels = ((images.detach() + 1) * 127.5).clip(0, 255).to(device="cpu", dtype=torch.uint8)
     return [Image.fromarray(each.numpy()) for each in levels.permute(0, 2, 3, 1).contiguous()]
+
+
+def of_pil(
+    picture: "Image",
+    device: torch.device | str = "cpu",
+) -> Tensor:  # [1, 3, H, W] fp32 in [-1, 1]
+    """An image whose `to_pil` is the picture: half a level up, so that truncation gives back its very levels."""
+    import numpy as np
+
+    levels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
+    return ((levels.float() + 0.5) / 127.5 - 1).to(device)

@@ -129,6 +129,7 @@ class UnifiedReward(QwenReward):
 
 
 def read(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of all files by name."""
     from safetensors.torch import load_file
 
     return {name: value for file in files for name, value in load_file(file).items()}

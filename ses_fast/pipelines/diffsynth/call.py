@@ -10,11 +10,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...result import SearchResult
+from ...rewards.pil import of_pil
 from ..compiling import CompileClock, undo_compilation
 from ..config import SESConfig
 from ..enabled import Enabled, enabled_class, facts_of
@@ -165,6 +165,4 @@ def _as_tensor(image: Any, device: torch.device | str) -> Tensor:  # [1, 3, H, W
     """A picture that the pipeline returned, for a reward."""
     if not hasattr(image, "convert"):
         raise ValueError(f"held-out rewards judge a picture, and the pipeline's call returns {type(image).__name__}")
-    # Half a level up, so that the reward's truncation gives back the very levels of the picture.
-    levels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
-    return ((levels.float() + 0.5) / 127.5 - 1).to(device)
+    return of_pil(image, device)

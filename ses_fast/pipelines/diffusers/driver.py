@@ -199,6 +199,7 @@ def _tiled(arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
 
 
 def is_tensors(value: Any) -> bool:
+    """Whether it is a list of tensors, as some pipelines take a prompt's embeddings."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Tensor) for each in value)
 
 

@@ -21,6 +21,7 @@ def at_levels(
 def middle_frame(
     frames: Tensor,  # [n, F, 3, H, W]
 ) -> Tensor:  # [n, 3, H, W]
+    """What a reward of images sees of a video."""
     return frames[:, frames.shape[1] // 2]
 
 
