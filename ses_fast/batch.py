@@ -19,13 +19,14 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
-from .checks import whole_number
+from .checks import check_truths, whole_number
 from .errors import warn
+from .files import as_path
 from .folder import DONE, FAILED, CannotWrite, Folder, Result
 from .page import write_page
 from .pipelines.config import SESConfig
 from .pipelines.enabled import picture
-from .pipelines.request import facts, reward_name
+from .pipelines.request import checked_reward, facts, reward_name
 from .prompts import Prompt, as_prompts, read_prompts
 from .result import SearchResult
 
@@ -68,12 +69,16 @@ def run(
     config = _checked_config(ses_config)
     if own := call.keys() & {"prompt", "enable_ses"}:
         raise ValueError(f"{', '.join(sorted(own))}: these are given to each call by the batch")
+    check_truths(restart=restart, progress=progress)
+    ses_reward_model, out = checked_reward(ses_reward_model), as_path("out", out)
+    if not isinstance(model, str | None):
+        raise ValueError(f"model must be what the weights are called, a str; got {model!r:.200}")
     if ses_eval_budget is not None:
-        whole_number("ses_eval_budget", ses_eval_budget, 1)
+        ses_eval_budget = whole_number("ses_eval_budget", ses_eval_budget, 1)
     elif config.time_limit is None:
         raise ValueError("ses_eval_budget=None needs a SESConfig(time_limit=): how many seconds a search may take")
-    whole_number("ses_inference_steps", ses_inference_steps, 1)
-    whole_number("seed", seed, 0)
+    ses_inference_steps = whole_number("ses_inference_steps", ses_inference_steps, 1)
+    seed = whole_number("seed", seed, 0)
     is_file = isinstance(prompts, str | os.PathLike)
     wanted = read_prompts(Path(prompts)) if is_file else as_prompts(prompts)  # type: ignore[arg-type]
 

@@ -16,10 +16,33 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OP_LEVELS = 100  # a coefficient of the lowest band is up to 2^level times a sample, and fp32 ends at 2^128
 SEARCH_LEVELS = 24  # deeper, N(0, 1) / 2^level is below the last bit of an fp32 sample: all candidates would be one
 POPULATION = 2**32  # candidates are numbered by one word of the noise's counter
+LARGEST_SIDE = 2**15  # of a reward's picture, in pixels: far above any reward's, far below what no memory holds
+MOST_SECONDS = 1e9  # 30 years
 DRAWN_NUMBERS = 2**28  # of a generator in one generation, 1 GiB: the reference's draws exist only as a whole
 
 
 # ---------------------------------------------------------------- the ops
+
+
+def check_dense(name: str, value: Any) -> None:
+    """ValueError unless it is a tensor with a number at every place: neither sparse nor nested."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """ValueError unless it is a dense tensor in fp16, bf16, fp32 or fp64."""
+    check_dense(name, value)
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """ValueError unless it is None or one that the ops write."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in DTYPES):
+        raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
 
 
 def check_level(level: int) -> None:
@@ -37,8 +60,7 @@ def check_latents(
 ) -> None:
     """Raises ValueError for what no transform takes; warns above the useful level, where PyWavelets does."""
     check_level(level)
-    if not x.is_floating_point():
-        raise ValueError(f"latents must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+    check_floating("latents", x)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"latents must be [..., H, W] and not empty, got {tuple(x.shape)}")
     size = tuple(x.shape[-2:])
@@ -52,31 +74,56 @@ def check_latents(
 
 def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, ...]]:
     """The bands' sizes at levels 0, 1, ...; ValueError unless `coeffs` are those of a transform of `size`."""
-    height, width = size
+    height, width = check_size(size)
+    order = "[cA, (cH, cV, cD), ...]"
+    if not isinstance(coeffs, list | tuple) or not coeffs:
+        raise ValueError(f"the bands must be a list {order}, got {type(coeffs).__name__}")
     low, *details = coeffs
-    sizes = [band_size(size, j) for j in range(len(details) + 1)]  # finest first
+    if not all(isinstance(triple, list | tuple) and len(triple) == 3 for triple in details):
+        raise ValueError(f"the bands are {order}: after cA each must be three, got {[*map(_kind, details)]}")
     bands = [low, *(band for triple in details for band in triple)]
+    for band in bands:
+        check_floating("each of the bands", band)
+    sizes = [band_size((height, width), j) for j in range(len(details) + 1)]  # finest first
     lead = tuple(low.shape[:-2])
     expected = [(*lead, *sizes[-1])] + [(*lead, *size) for size in reversed(sizes[1:]) for _ in range(3)]
     shapes = [tuple(band.shape) for band in bands]
-    if shapes != expected or any(len(triple) != 3 for triple in details):
+    if shapes != expected:
         raise ValueError(
-            f"the bands of a {height}x{width} transform at level {len(details)} are [cA, (cH, cV, cD), ...], "
+            f"the bands of a {height}x{width} transform at level {len(details)} are {order}, "
             f"with cA's leading dimensions, of shapes {expected}, got {shapes}"
         )
-    if not all(band.is_floating_point() for band in bands):
-        raise ValueError(f"the bands must be floating, got {[band.dtype for band in bands]}")
     return sizes
 
 
-def check_low_band(
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """(height, width); ValueError unless they are two whole numbers from 1 on."""
+    sides = tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"size must be (height, width), two ints from 1 on, got {size!r:.100}")
+    return sides
+
+
+def _kind(value: Any) -> str:
+    return f"{len(value)} in a {type(value).__name__}" if isinstance(value, list | tuple) else type(value).__name__
+
+
+def check_rest(
     residual: Tensor,  # [..., H, W]
+) -> None:
+    """ValueError unless it is what a split leaves of latents."""
+    check_floating("residual", residual)
+    if residual.dim() < 2 or 0 in residual.shape[-2:]:
+        raise ValueError(f"residual must be [..., H, W] with sides from 1 on, got {tuple(residual.shape)}")
+
+
+def check_low_band(
+    residual: Tensor,  # [..., H, W], looked at by `check_rest`
     low: Tensor,  # [..., *expected]
     expected: tuple[int, ...],
 ) -> tuple[int, ...]:
     """The leading dimensions, broadcast; ValueError unless `low` [..., *expected] can be merged into `residual`."""
-    if residual.dim() < 2 or not residual.is_floating_point() or not low.is_floating_point():
-        raise ValueError(f"residual and low must be floating [..., H, W], got {residual.dtype} and {low.dtype}")
+    check_floating("low", low)
     if tuple(low.shape[-2:]) != expected:
         raise ValueError(f"at this level low of {tuple(residual.shape)} must end in {expected}, got {tuple(low.shape)}")
     longest = max(residual.dim(), low.dim())
@@ -92,6 +139,7 @@ def check_residual(
     residual: Tensor,  # [1, ..., H, W]
 ) -> None:
     """ValueError unless it is one latent [1, ..., H, W], not empty, in fp32 or fp64."""
+    check_dense("residual", residual)
     if residual.dim() < 3 or residual.shape[0] != 1 or residual.numel() == 0:
         raise ValueError(f"residual must be one latent (1, ..., H, W), got {tuple(residual.shape)}")
     if residual.dtype not in (torch.float32, torch.float64):
@@ -112,7 +160,7 @@ def check_population(
     """One candidate's low band (..., h, w); ValueError for what `sample_population` does not take."""
     check_level(level)
     check_residual(residual)
-    if not isinstance(popsize, int) or popsize < 1:
+    if not isinstance(popsize, int) or isinstance(popsize, bool) or popsize < 1:
         raise ValueError(f"popsize must be an int, 1 or more, got {popsize!r}")
     if not isinstance(first, int) or not 0 <= first <= MASK32 + 1 - popsize:
         raise ValueError(f"the candidates' numbers must lie in [0, 2^32), got first={first!r} and popsize={popsize}")
@@ -124,10 +172,11 @@ def check_population(
     if draws is not None:
         tensors["draws"] = (draws, (popsize, size))
     for name, (tensor, expected) in tensors.items():
+        check_floating(name, tensor)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} must be {expected} at level {level}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point() or tensor.device != residual.device:
-            raise ValueError(f"{name} must be floating and on {residual.device}, got {tensor.dtype} on {tensor.device}")
+        if tensor.device != residual.device:
+            raise ValueError(f"{name} must be on {residual.device}, as residual is, got it on {tensor.device}")
     if draws is None:
         _check_word("seed", seed, -(2**63), 2**63, residual.device)
         _check_word("generation", generation, 0, 2**32, residual.device)
@@ -157,11 +206,14 @@ def check_elites(
     """ValueError for what `update_elites` does not take."""
     if not isinstance(k_elites, int) or k_elites < 1:
         raise ValueError(f"k_elites must be an int, 1 or more, got {k_elites!r}")
-    before, popsize, size = len(elite_scores), len(scores), mean.numel()
-    if before > k_elites or popsize < 1 or scores.is_complex():
-        raise ValueError(
-            f"expected at most {k_elites} elites and some real scores, got {before}, {popsize} {scores.dtype}"
-        )
+    given = {"low": low, "scores": scores, "elite_low": elite_low, "elite_scores": elite_scores}
+    for name, tensor in (given | {"mean": mean, "variance": variance}).items():
+        check_dense(name, tensor)
+    before, popsize, size = elite_scores.numel(), scores.numel(), mean.numel()
+    if before > k_elites:
+        raise ValueError(f"elite_scores must be at most k_elites={k_elites} numbers, got {before}")
+    if popsize < 1 or scores.is_complex():
+        raise ValueError(f"scores must be some real numbers, got {popsize} of {scores.dtype}")
     tensors: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
         "low": (low, (popsize, size), torch.float32),
         "scores": (scores, (popsize,), scores.dtype),
@@ -180,23 +232,29 @@ def check_images(
     images: Tensor,  # [n, 3, H, W]
     rule: str,
     size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     centre: str,
 ) -> None:
-    """ValueError for what `resize_normalize` does not take."""
-    if rule not in ("crop", "pad"):
-        raise ValueError(f'rule must be "crop" or "pad", got {rule!r}')
-    if centre not in ("floor", "round"):
-        raise ValueError(f'centre must be "floor" or "round", got {centre!r}')
+    """ValueError for what `resize_normalize` does not take, but for its mean and std."""
+    if not isinstance(rule, str) or rule not in ("crop", "pad"):
+        raise ValueError(f'rule must be "crop" or "pad", got {rule!r:.100}')
+    if not isinstance(centre, str) or centre not in ("floor", "round"):
+        raise ValueError(f'centre must be "floor" or "round", got {centre!r:.100}')
+    check_floating("images", images)
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (n, 3, H, W), got {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating, in [-1, 1], got {images.dtype}")
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size must be an int, 1 or more, got {size!r}")
-    if len(mean) != 3 or len(std) != 3 or 0 in std:
-        raise ValueError(f"mean and std must be three numbers each, std not 0, got {mean} and {std}")
+    if not isinstance(size, int) or not 1 <= size <= LARGEST_SIDE:
+        raise ValueError(f"size must be an int from 1 to {LARGEST_SIDE}, got {size!r:.100}")
+
+
+def colour(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """The mean or std of three colours as floats. ValueError unless they are finite, and a std none of 0."""
+    try:
+        three = tuple(map(float, values)) if not isinstance(values, str | bytes) else ()
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        three = ()
+    if len(three) != 3 or not all(map(math.isfinite, three)) or (name == "std" and 0 in three):
+        raise ValueError(f"{name} must be three finite numbers, a std none of 0, got {values!r:.100}")
+    return three
 
 
 # ---------------------------------------------------------------- the search
@@ -242,8 +300,9 @@ def check_noise(seed: Any, generator: Any) -> int | None:
 
 def check_base(base: Tensor) -> None:
     """Raises ValueError unless the base is one finite floating (1, ..., H, W)."""
-    if not isinstance(base, Tensor):
-        raise ValueError(f"base_latents must be a torch.Tensor, got {type(base).__name__}")
+    check_dense("base_latents", base)
+    if base.is_meta:
+        raise ValueError("base_latents are on the device meta: they have a shape, and no numbers to search")
     if base.ndim < 3 or base.shape[0] != 1 or base.numel() == 0:
         shape = tuple(base.shape)
         raise ValueError(f"base_latents must be one base (1, ..., H, W), not empty; got {shape}: search one by one")
@@ -256,18 +315,30 @@ def check_base(base: Tensor) -> None:
 
 def whole_number(name: str, value: Any, least: int) -> int:
     """`value` as an int. Raises ValueError for a bool, a float or another type, and below `least`."""
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if operator.index(value) < least:
+    try:
+        number = None if isinstance(value, bool | Tensor) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.200}")
+    if number < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return operator.index(value)
+    return number
+
+
+def check_truths(**values: Any) -> None:
+    """Raises ValueError for one that is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r:.200}")
 
 
 def check_options(*, time_limit: Any = None, **callbacks: Any) -> None:
-    """Raises ValueError for a time_limit that is not above 0, and a callback that is neither None nor callable."""
+    """ValueError for a time_limit that is not above 0 and finite, and a callback that is neither None nor callable."""
     for name, callback in callbacks.items():
         if callback is not None and not callable(callback):
             raise ValueError(f"{name} must be callable, got {callback!r}")
     if time_limit is not None:
-        if not isinstance(time_limit, Real) or isinstance(time_limit, bool) or not float(time_limit) > 0:
-            raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
+        seconds = isinstance(time_limit, Real) and not isinstance(time_limit, bool)
+        if not seconds or not 0 < time_limit <= MOST_SECONDS:  # without an end a search without a budget has none
+            raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r:.100}: None is no limit")

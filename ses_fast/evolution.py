@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_base, check_noise
+from .checks import check_base, check_dense, check_noise, check_truths, whole_number
 from .reference import Elites
 from .spectral import Band
 from .state import Drawn, EvolutionConfig, SearchState, ranking
@@ -50,21 +50,24 @@ def start(
     the base takes the place of candidate 0 of generation 0. Raises ValueError unless the base is one finite
     floating (1, ..., H, W), the seed an int64, the generator a CPU torch.Generator; and for both of these.
     """
-    config = config or EvolutionConfig()
+    config = EvolutionConfig() if config is None else config
+    if not isinstance(config, EvolutionConfig):
+        raise ValueError(f"config must be an EvolutionConfig, got {config!r:.200}")
     check_base(base_latents)
+    check_truths(include_base=include_base)
     seed = check_noise(seed, generator)
     if seed is None and generator is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
 
     base = base_latents.detach().clone()
-    base_low, residual = config.band.split(base, backend=backend)
+    base_low, residual = config.split(base, backend=backend)
     size, device = base_low.numel(), base.device
     return SearchState(
         config=config,
         base=base,
         base_low=base_low,
         residual=residual,
-        include_base=bool(include_base),
+        include_base=include_base,
         seed=seed,
         drawn=None if generator is None else Drawn(generator, config.popsize, size),
         mean=torch.zeros(size, dtype=torch.float32, device=device),
@@ -93,7 +96,7 @@ def ask(
     """
     config, generation = state.config, state.generation
     ops.check_update_elites(state.mean, config.popsize, config.k_elites, backend=backend)
-    popsize = config.popsize if count is None else min(count, config.popsize)
+    popsize = config.popsize if count is None else min(whole_number("count", count, 1), config.popsize)
     candidates, low = STRATEGIES[config.strategy].draw(
         Generation(
             number=generation,
@@ -135,12 +138,16 @@ def tell(
     scores and steps of another shape, and for more than there are candidates left. `backend`: of `ops.update_elites`.
     """
     left = state.config.popsize - state.index
-    if scores.ndim != 1 or not 1 <= scores.numel() <= left:
-        raise ValueError(f"expected up to {left} scores in one dimension, got shape {tuple(scores.shape)}")
+    check_dense("scores", scores)
+    if scores.ndim != 1 or not 1 <= scores.numel() <= left or scores.is_complex():
+        got = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        raise ValueError(f"expected up to {left} real scores in one dimension, got {got}")
+    if not isinstance(fingerprint, Mapping | None):
+        raise ValueError(f"fingerprint must be a dict, got {fingerprint!r:.200}")
     news: dict[str, Any] = {
         "evaluations": state.evaluations + scores.numel(),
         "early": _more_steps(state, steps, scores.numel()),
-        "members": _more_members(state, members or {}) if members or state.members else state.members,
+        "members": _more_members(state, {} if members is None else members, scores.numel()),
         "fingerprint": state.fingerprint if fingerprint is None else fingerprint,
     }
     if scores.numel() < left:
@@ -191,17 +198,29 @@ def _more_steps(state: SearchState, steps: Tensor | None, count: int) -> tuple[T
     """`SearchState.early` with those of `count` more scores."""
     if steps is None:
         steps = torch.zeros(count, dtype=torch.int64, device="cpu") if state.early else None
-    elif steps.shape != (count,) or steps.dtype != torch.int64 or steps.device.type != "cpu" or (steps < 0).any():
-        raise ValueError(
-            f"steps must be {count} numbers from 0 on, int64 on the CPU; got {tuple(steps.shape)}, {steps.dtype} on "
-            f"{steps.device}"
-        )
+    else:
+        check_dense("steps", steps)
+        whole = steps.dtype == torch.int64 and steps.device.type == "cpu"
+        if not whole or steps.shape != (count,) or (steps < 0).any():
+            raise ValueError(
+                f"steps must be {count} numbers from 0 on, int64 on the CPU; got {tuple(steps.shape)}, {steps.dtype} "
+                f"on {steps.device}"
+            )
     if steps is None or not (state.early or steps.any()):
         return ()
     return (*(state.early or (state.steps,)), steps.clone())
 
 
-def _more_members(state: SearchState, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _more_members(state: SearchState, members: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
+    if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
+        raise ValueError(f"members must be a dict of names to scores, got {members!r:.200}")
+    if not members and not state.members:
+        return state.members
+    for name, scores in members.items():
+        check_dense(f"members[{name!r}]", scores)
+        if scores.shape != (count,) or scores.is_complex():
+            got = f"{scores.dtype} of shape {tuple(scores.shape)}"
+            raise ValueError(f"members[{name!r}] must be {count} real scores, as scores are; got {got}")
     if state.evaluations and members.keys() != state.members.keys():
         raise ValueError(f"the scores combine {sorted(members)}, those before {sorted(state.members)}")
     before = torch.empty(0, dtype=torch.float64, device="cpu")

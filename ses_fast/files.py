@@ -4,6 +4,21 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def as_path(name: str, value: Any) -> Path:
+    """`value`, a str or an os.PathLike of one, as a Path. Raises ValueError for what can be the path of no file."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a path, a str or pathlib.Path; got {type(value).__name__}")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not valid Unicode text: {text!r:.200}") from None
+    if "\0" in text:
+        raise ValueError(f"{name} holds a null character, which no path does: {text!r:.200}")
+    return Path(text)
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

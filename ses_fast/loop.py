@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_options, whole_number
+from .checks import check_options, check_truths, whole_number
 from .cpu import keep_memory
 from .evolution import EvolutionConfig, SearchState, ask, start, tell
 from .objective import FunctionObjective, Objective
@@ -87,6 +87,7 @@ def evolve(
     if budget is None and time_limit is None:
         raise ValueError("total_eval_budget=None searches for as long as time_limit= says: give one of them")
     check_options(on_generation=on_generation, time_limit=time_limit)
+    check_truths(include_base=include_base, progress=progress)
     objective = _as_objective(objective_reward_fn, whole_number("batch_size", batch_size, 1))
     if state is None:
         state = start(base_latents, config, seed=seed, generator=generator, include_base=include_base, backend=backend)

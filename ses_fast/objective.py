@@ -60,7 +60,7 @@ class FunctionObjective(Objective):
         self.function, self.batch_size = function, batch_size
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
-        for batch in candidates.split(self.batch_size):
+        for batch in candidates.split(min(self.batch_size, len(candidates))):
             scores = as_scores(self.function(batch), batch.shape[0], "the objective", batch.device)
             if not report(Scored(scores)):
                 return

@@ -24,7 +24,7 @@ _backend = "auto"
 def set_backend(name: str) -> None:
     """The backend of every op called without `backend=`: "auto" (the default), "triton" or "torch"."""
     global _backend
-    _backend = _known(name)
+    _backend = known_backend(name)
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
@@ -77,7 +77,7 @@ def _module(kernel: str, backend: str | None, *tensors: Tensor | None, sizes: tu
 
     sizes: the arguments of the kernel's `unfit`, where it has one. They are Python numbers: no device is waited for.
     """
-    name = _known(_backend if backend is None else backend)
+    name = known_backend(_backend if backend is None else backend)
     if name == "torch":
         return fast_torch
     reason = why_not_triton(*(tensor for tensor in tensors if tensor is not None))
@@ -104,9 +104,10 @@ def _kernels(name: str) -> Any:
     return module
 
 
-def _known(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+def known_backend(name: str) -> str:
+    """The name. Raises ValueError, with those there are, for any other."""
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r:.100}")
     return name
 
 
@@ -166,6 +167,8 @@ def merge_low_band(
     backend: str | None = None,
 ) -> Tensor:
     checks.check_level(level)
+    checks.check_rest(residual)
+    checks.check_dtype(dtype)
     checks.check_low_band(residual, low, band_size(residual.shape[-2:], level))
     return _call("merge_low_band", "haar", backend, [residual, low], residual, low, level, dtype=dtype)
 
@@ -186,6 +189,7 @@ def sample_population(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     checks.check_population(residual, mean, std, level, popsize, seed, generation, first, draws)
+    checks.check_dtype(dtype)
     return _call(
         "sample_population",
         "population",
@@ -246,7 +250,9 @@ def resize_normalize(
     centre: str = "floor",
     backend: str | None = None,
 ) -> Tensor:
-    checks.check_images(images, rule, size, mean, std, centre)
+    checks.check_images(images, rule, size, centre)
+    checks.check_dtype(dtype)
+    mean, std = checks.colour("mean", mean), checks.colour("std", std)
     return _call(
         "resize_normalize",
         "preprocess",

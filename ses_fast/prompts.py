@@ -19,6 +19,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from .files import as_path
+
 FORMATS = ("csv", "tsv", "jsonl", "json", "text")
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"} | {
     ".txt": "text"
@@ -61,10 +63,11 @@ def read_prompts(source: str | Path, form: str | None = None) -> list[Prompt]:
     Raises ValueError, with the line's number, for what cannot be read and for a file without a prompt; OSError for no
     such file.
     """
-    if form is not None and form not in FORMATS:
-        raise ValueError(f"unknown format {form!r}; the known ones are {', '.join(FORMATS)}")
-    name = "standard input" if str(source) == "-" else str(source)
-    data = sys.stdin.buffer.read() if str(source) == "-" else Path(source).read_bytes()
+    if form is not None and (not isinstance(form, str) or form not in FORMATS):
+        raise ValueError(f"unknown format {form!r:.100}; the known ones are {', '.join(FORMATS)}")
+    path = as_path("source", source)
+    name = "standard input" if str(path) == "-" else str(source)
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
         text = _decoded(data)
         rows = _rows(text, form or SUFFIXES.get(Path(name).suffix.lower()) or _looks_like(text))
@@ -75,9 +78,14 @@ def read_prompts(source: str | Path, form: str | None = None) -> list[Prompt]:
 
 def as_prompts(prompts: Iterable[str | Mapping[str, Any] | Prompt]) -> list[Prompt]:
     """The same of a list in memory: strings, dicts with the columns of a file, or what `read_prompts` returned."""
+    wrong = "prompts must be a list of them: read_prompts(path) reads a file"
     if isinstance(prompts, str | bytes | Mapping):
-        raise ValueError("prompts must be a list of them: read_prompts(path) reads a file")
-    return _prompts(_from_json(number, each) for number, each in enumerate(prompts, 1))
+        raise ValueError(wrong)
+    try:
+        rows = iter(prompts)
+    except TypeError as error:
+        raise ValueError(f"{wrong}; got {type(prompts).__name__}") from error
+    return _prompts(_from_json(number, each) for number, each in enumerate(rows, 1))
 
 
 def slug(text: str, most: int = 40) -> str:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .errors import missing_extra
 from .evolution import Leader, leaders
-from .files import write_whole
+from .files import as_path, write_whole
 from .state import TENSORS, SearchState
 
 RESULT_FORMAT = 3  # raised when `SearchResult.load` would no longer read an old file
@@ -76,7 +75,7 @@ class SearchResult:
         A file that is there is replaced once the new one is complete; a link's target is. Raises FileNotFoundError
         for a missing folder, IsADirectoryError for a folder, ImportError without safetensors.
         """
-        safetensors = _safetensors()
+        path, safetensors = as_path("path", path), _safetensors()
         state = self.state.state_dict()
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if self.latents is not None:
@@ -104,8 +103,8 @@ class SearchResult:
         Raises ValueError for any other file and for one whose parts do not fit each other, FileNotFoundError for
         none, ImportError without safetensors.
         """
-        safetensors = _safetensors()
-        if Path(path).is_dir():
+        path, safetensors = as_path("path", path), _safetensors()
+        if path.is_dir():
             raise ValueError(f"{path} is no result that SearchResult.save wrote: it is a folder")
         try:
             with safetensors.safe_open(os.fspath(path), framework="pt") as file:

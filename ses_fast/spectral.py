@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_latents, check_level, check_low_band, check_residual
+from .checks import check_dtype, check_latents, check_level, check_low_band, check_residual, check_rest
 from .errors import missing_extra
 from .reference import Seed
 
@@ -37,6 +37,7 @@ def split(
     """
     if is_haar(wavelet):
         return ops.split_low_band(x, level, backend=backend)
+    _check_backend(backend)
     check_latents(x, level, filter_length=_pywt().Wavelet(wavelet).dec_len)
     (down, _), (across, _) = (_matrices(wavelet.lower(), level, n, x.device) for n in x.shape[-2:])
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -59,7 +60,10 @@ def merge(
     """
     if is_haar(wavelet):
         return ops.merge_low_band(residual, low, level, dtype=dtype, backend=backend)
+    _check_backend(backend)
     check_level(level)
+    check_rest(residual)
+    check_dtype(dtype)
     (_, down), (_, across) = (_matrices(wavelet.lower(), level, n, residual.device) for n in residual.shape[-2:])
     check_low_band(residual, low, (down.shape[1], across.shape[1]))
     wide = torch.promote_types(residual.dtype, torch.float32)
@@ -150,6 +154,12 @@ def is_haar(wavelet: str) -> bool:
     """Whether it is Haar by one of its names. Raises ValueError for an unknown wavelet."""
     check_wavelet(wavelet)
     return wavelet.lower() in HAAR
+
+
+def _check_backend(backend: str | None) -> None:
+    """Raises ValueError for a name that is none, where the matrices need no backend."""
+    if backend is not None:
+        ops.known_backend(backend)
 
 
 @lru_cache(maxsize=64)

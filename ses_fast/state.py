@@ -38,6 +38,16 @@ class EvolutionConfig:
         """The numbers that the strategy searches."""
         return strategies.band_of(self.strategy, self.wavelet_name, self.dwt_level)
 
+    def split(
+        self,
+        base: Tensor,  # [1, ..., H, W]
+        *,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`band.split`. Raises ValueError where the strategy cannot search a base of this size."""
+        strategies.check_room(self.strategy, self.wavelet_name, self.dwt_level, base)
+        return self.band.split(base, backend=backend)
+
 
 class Drawn:
     """Noise from a user's generator, drawn as the reference does: `randn(P, D)` when a generation is first asked for.
@@ -152,7 +162,7 @@ class SearchState:
             raise ValueError(f"the search state lacks {', '.join(sorted(missing))}")
         config = EvolutionConfig(**{name: state[name] for name in settings})
         check_base(state["base"])
-        base_low, residual = config.band.split(state["base"], backend=backend)
+        base_low, residual = config.split(state["base"], backend=backend)
         generator = _check_saved(state, config.popsize, config.k_elites, base_low.numel())
         drawn = None if generator is None else Drawn(generator, config.popsize, base_low.numel())
         generations = state["scores"].split(config.popsize)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .spectral import Band
+from .spectral import Band, is_haar
 
 LEAST_STEP = 0.3  # no generation's noise has a smaller deviation
 
@@ -90,6 +90,7 @@ class Strategy(NamedTuple):
 
     draw: Callable[[Generation], tuple[Tensor, Tensor]]  # (candidates [n, ..., H, W], numbers [n, D])
     moves: str = "lowest"  # the band that is searched: "lowest", "high" or "whole"
+    both: bool = False  # moves the lowest band by itself too, by as many numbers of a candidate's noise as it has
 
 
 # ---------------------------------------------------------------- one strategy each
@@ -265,12 +266,12 @@ STRATEGIES = {
     "ranked": Strategy(ranked),
     "ranked_whole": Strategy(ranked, "whole"),
     "best_two": Strategy(best_two, "whole"),
-    "ranked_both": Strategy(ranked_both, "whole"),
-    "best_both": Strategy(best_both, "whole"),
-    "two_stage": Strategy(two_stage, "whole"),
+    "ranked_both": Strategy(ranked_both, "whole", both=True),
+    "best_both": Strategy(best_both, "whole", both=True),
+    "two_stage": Strategy(two_stage, "whole", both=True),
     "pcn_low": Strategy(pcn),
     "pcn": Strategy(pcn, "whole"),
-    "pcn_both": Strategy(pcn_both, "whole"),
+    "pcn_both": Strategy(pcn_both, "whole", both=True),
 }
 
 
@@ -286,6 +287,20 @@ def check_strategy(name: Any, level: int) -> None:
     if not isinstance(name, str) or name not in STRATEGIES:
         close = difflib.get_close_matches(str(name), STRATEGIES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown strategy {name!r}: known are {', '.join(STRATEGIES)}{hint}")
+        raise ValueError(f"unknown strategy {name!r:.100}: known are {', '.join(STRATEGIES)}{hint}")
     if STRATEGIES[name].moves == "high" and level == 0:
         raise ValueError(f"the strategy {name!r} searches a high band, and there is none at dwt_level=0")
+
+
+def check_room(strategy: str, wavelet: str, level: int, base: Tensor) -> None:
+    """Raises ValueError where the lowest band has more numbers than the noise [1, ..., H, W], and the strategy moves it
+    by those of the noise: a wavelet that is long for so small a noise keeps more of each edge than there is.
+    """
+    if not STRATEGIES[strategy].both or is_haar(wavelet):
+        return
+    low = Band(wavelet, level).split(base)[0].numel()
+    if low > base.numel():
+        raise ValueError(
+            f"the lowest band has {low} numbers with wavelet_name={wavelet!r} and dwt_level={level}, more than the "
+            f"{base.numel()} of base_latents {tuple(base.shape)}: strategy={strategy!r} needs a shorter wavelet, as db1"
+        )

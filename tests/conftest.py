@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a download; read when huggingface_hub is imported
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,11 @@ declare_torchvision_ops()  # before any test file imports diffsynth or transform
 
 # The models of the tests are tiny: on a machine with many cores, more threads cost more than they give.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The same examples in every run, on every machine: a change is never blamed for what another has broken. A slow machine
+# is no failure: what must not hang has a time limit of its own. The slow tests search at random.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ HEAVY = ("triton", "diffsynth", "diffusers", "transformers", "matplotlib", "pywt
 IMPORTS = {
     "__init__": {"batch", "embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
-    "batch": {"checks", "folder", "page", "pipelines", "prompts", "result"},
+    "batch": {"checks", "files", "folder", "page", "pipelines", "prompts", "result"},
     "calibrate": {
         *("evolution", "files", "ops", "pipelines", "result"),
         *("scores", "statistics", "studio", "tables"),
@@ -52,10 +52,10 @@ IMPORTS = {
     "ops": {"checks", "fast_torch", "kernels", "reference"},
     "page": {"folder"},
     "pipelines": {
-        *("_torchvision", "checks", "cpu", "loop", "objective", "ops"),
+        *("_torchvision", "checks", "cpu", "files", "loop", "objective", "ops"),
         *("evolution", "result", "rewards", "scores", "spectral", "state", "stopwatch"),
     },
-    "prompts": set(),
+    "prompts": {"files"},
     "recorder": {"evolution", "objective", "result", "state", "stopwatch"},
     "reference": set(),
     "report": set(),

@@ -4,14 +4,14 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_base, check_noise, check_options, whole_number
+from ..checks import check_base, check_noise, check_options, check_truths, whole_number
+from ..files import as_path
 from ..result import SearchResult
 from ..spectral import is_haar
 from ..state import EvolutionConfig, SearchState, check_state
@@ -74,7 +74,7 @@ def _checked_race(race: Any) -> tuple[tuple[float, float], ...]:
         rungs = tuple((float(sigma), float(share)) for sigma, share in race)
         good = all(0 < sigma < 1 and 0 < share < 1 for sigma, share in rungs)
         falls = all(a > b and p > q for (a, p), (b, q) in zip(rungs, rungs[1:], strict=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rungs, good, falls = (), False, False
     if not (rungs and good and falls):
         raise ValueError(
@@ -155,9 +155,7 @@ class SESConfig:
                 "Preview(scale=2) is the candidate's lowest Haar band: wavelet_name db1, dwt_level 1 or more"
             )
         check_noise(self.seed, self.generator)
-        for name in ("include_base", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_truths(include_base=self.include_base, progress=self.progress)
         check_options(on_generation=self.on_generation, on_preview=self.on_preview, time_limit=self.time_limit)
         if self.state is not None:
             check_state(self.state, self.evolution(1024, 1024), self.seed, self.generator, self.include_base)
@@ -168,8 +166,8 @@ class SESConfig:
             if self.report_rewards:
                 raise ValueError("report_rewards judge what a search found: leave it out with latents=")
         _check_report_rewards(self.report_rewards)
-        if self.backend is not None and self.backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {self.backend!r}")
+        if self.backend is not None:
+            ops.known_backend(self.backend)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "SESConfig":
@@ -178,8 +176,9 @@ class SESConfig:
         Raises ValueError for what is no such object, and for an unknown name or an impossible value; OSError for no
         such file.
         """
+        path = as_path("path", path)
         try:
-            given = json.loads(Path(path).read_bytes())
+            given = json.loads(path.read_bytes())
             if not isinstance(given, dict):
                 raise ValueError("it is no JSON object of settings")
             if carried := given.keys() & set(CARRIED):
@@ -249,9 +248,12 @@ def _check_report_rewards(rewards: Any) -> None:
     if isinstance(rewards, Mapping):
         if not all(isinstance(name, str) and callable(reward) for name, reward in rewards.items()):
             raise ValueError(f"report_rewards must be names, or a dict of names to rewards; got {rewards!r}")
-    elif isinstance(rewards, str) or not isinstance(rewards, Sequence):
+    elif isinstance(rewards, str | bytes) or not isinstance(rewards, Sequence):
         raise ValueError(f'report_rewards must be a list of names, as ["hps"], or a dict; got {rewards!r}')
     elif rewards:
         from ..rewards import check_names
 
-        check_names(*rewards)
+        try:
+            check_names(*rewards)
+        except ValueError as error:
+            raise ValueError(f"report_rewards: {error}") from error

@@ -68,11 +68,7 @@ def make_request(
     config = SESConfig() if config is None else config
     if not isinstance(config, SESConfig):
         raise ValueError(f"ses_config must be a ses_fast.SESConfig, got {config!r}")
-    if not isinstance(reward, str | Mapping) and not callable(reward):
-        raise ValueError(
-            "ses_reward_model must be the name of a reward, a dict of names to weights or a "
-            f"callable(images, prompt), got {reward!r}"
-        )
+    reward = checked_reward(reward)
     if config.latents is not None and has_own_noise:
         raise ValueError("give initial_noise= or SESConfig(latents=), not both")
     if budget is None and config.time_limit is None:
@@ -82,11 +78,6 @@ def make_request(
     # Without a seed or a noise of its own the call's noise is not the one that the state was started from.
     from_state = config.state is not None and seed is None and not has_own_noise
     seed, search_seed = _seeds(seed, config)
-    if isinstance(reward, Mapping):
-        check_weights(reward)
-        reward = {known_name(name): weight for name, weight in reward.items()}
-    elif isinstance(reward, str):
-        reward = known_name(reward)
     searches = config.latents is None and budget != 0
     base = config.state.base if config.state is not None and from_state else None
     request = Request(
@@ -110,6 +101,21 @@ def make_request(
             _check_first_generation(request.reward, config, budget)
         request.held_out = _held_out(config.report_rewards, device)
     return request
+
+
+def checked_reward(reward: Any) -> Any:
+    """`ses_reward_model`, its names as `REWARDS` has them. Raises ValueError for what is no reward."""
+    if isinstance(reward, Mapping):
+        check_weights(reward)
+        return {known_name(name): weight for name, weight in reward.items()}
+    if isinstance(reward, str):
+        return known_name(reward)
+    if not callable(reward):
+        raise ValueError(
+            "ses_reward_model must be the name of a reward, a dict of names to weights or a "
+            f"callable(images, prompt), got {reward!r:.200}"
+        )
+    return reward
 
 
 def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:

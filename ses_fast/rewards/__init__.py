@@ -160,6 +160,8 @@ def load_reward(name: Any, weights: Any = None, device: Any = None, dtype: torch
             raise ValueError(f"weights= of several rewards is a dict of their names, got {weights!r}")
         return WeightedReward({each: load_reward(each, sources.get(each), device, dtype) for each in name}, name)
     name = known_name(name)
+    if not isinstance(weights, str | os.PathLike | None):
+        raise ValueError(f'weights must be a folder, a Hub id or "modelscope", got {weights!r:.200}')
     source = REWARDS[name]
     device, dtype = default_device(device), default_dtype(device, dtype)
     weights = source.default if weights is None else str(weights)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..checks import check_dtype
 from ..cpu import fast_linears
 from ..errors import warn
 from .checkpoint import Checkpoint
@@ -128,12 +129,16 @@ def dropped_by(tokenizer: Any, prompt: str, limit: int) -> tuple[int, int, str]:
 
 
 def default_device(device: torch.device | str | None) -> torch.device:
-    """`device` with its index; None is the current GPU, the CPU where there is none."""
+    """`device` with its index; None is the current GPU, the CPU where there is none. ValueError for one that is not."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.empty(0, device=device).device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"there is no device {device!r:.100} here: {str(error).splitlines()[0]}") from error
 
 
 def default_dtype(device: torch.device | str | None, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype`; None is bf16 on a GPU and fp32 on the CPU, where bf16 is slow."""
+    check_dtype(dtype)
     return dtype or (torch.bfloat16 if default_device(device).type == "cuda" else torch.float32)

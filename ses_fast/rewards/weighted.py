@@ -37,6 +37,8 @@ class WeightedReward:
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
+        if not isinstance(self.rewards, Mapping) or not all(map(callable, self.rewards.values())):
+            raise ValueError(f"rewards must be a dict of names to callables, got {self.rewards!r:.200}")
         self._check_names("the weights", self.weights)
         # Copies: the caller's dicts may change.
         object.__setattr__(self, "rewards", dict(self.rewards))
