@@ -25,18 +25,20 @@ DRAWN_NUMBERS = 2**28  # of a generator in one generation, 1 GiB: the reference'
 
 
 def check_dense(name: str, value: Any) -> None:
-    """ValueError unless it is a tensor with a number at every place: neither sparse nor nested."""
+    """ValueError unless it is a tensor with a number at every place: neither sparse nor nested, nor of shape alone."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+    if value.is_meta:
+        raise ValueError(f"{name} is on the device meta, where a tensor has a shape and no numbers")
 
 
 def check_floating(name: str, value: Any) -> None:
     """ValueError unless it is a dense tensor in fp16, bf16, fp32 or fp64."""
     check_dense(name, value)
     if value.dtype not in DTYPES:
-        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
+        raise ValueError(f"{name} must be floating, fp16, bf16, fp32 or fp64, got {value.dtype}")
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -80,7 +82,10 @@ def check_bands(coeffs: Sequence, size: Sequence[int]) -> list[tuple[int, ...]]:
         raise ValueError(f"the bands must be a list {order}, got {type(coeffs).__name__}")
     low, *details = coeffs
     if not all(isinstance(triple, list | tuple) and len(triple) == 3 for triple in details):
-        raise ValueError(f"the bands are {order}: after cA each must be three, got {[*map(_kind, details)]}")
+        raise ValueError(
+            f"the bands of a {height}x{width} transform at level {len(details)} are {order}, "
+            f"got after cA {', '.join(map(_kind, details))}"
+        )
     bands = [low, *(band for triple in details for band in triple)]
     for band in bands:
         check_floating("each of the bands", band)
@@ -253,7 +258,7 @@ def colour(name: str, values: Sequence[float]) -> tuple[float, ...]:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         three = ()
     if len(three) != 3 or not all(map(math.isfinite, three)) or (name == "std" and 0 in three):
-        raise ValueError(f"{name} must be three finite numbers, a std none of 0, got {values!r:.100}")
+        raise ValueError(f"{name} must be three numbers, finite and for std not 0, got {values!r:.100}")
     return three
 
 
@@ -301,8 +306,6 @@ def check_noise(seed: Any, generator: Any) -> int | None:
 def check_base(base: Tensor) -> None:
     """Raises ValueError unless the base is one finite floating (1, ..., H, W)."""
     check_dense("base_latents", base)
-    if base.is_meta:
-        raise ValueError("base_latents are on the device meta: they have a shape, and no numbers to search")
     if base.ndim < 3 or base.shape[0] != 1 or base.numel() == 0:
         shape = tuple(base.shape)
         raise ValueError(f"base_latents must be one base (1, ..., H, W), not empty; got {shape}: search one by one")

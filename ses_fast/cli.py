@@ -168,7 +168,7 @@ def _batch(args: argparse.Namespace) -> Callable[[], None]:
         ses_config=config,
         seed=job.seed,
         model=job.model,
-        restart=args.restart,
+        restart=bool(args.restart),
         num_inference_steps=job.steps,
         **quiet(pipe),
         **job.size,

@@ -141,7 +141,7 @@ def tell(
     check_dense("scores", scores)
     if scores.ndim != 1 or not 1 <= scores.numel() <= left or scores.is_complex():
         got = f"{scores.dtype} of shape {tuple(scores.shape)}"
-        raise ValueError(f"expected up to {left} real scores in one dimension, got {got}")
+        raise ValueError(f"expected up to {left} scores, real and in one dimension, got {got}")
     if not isinstance(fingerprint, Mapping | None):
         raise ValueError(f"fingerprint must be a dict, got {fingerprint!r:.200}")
     news: dict[str, Any] = {

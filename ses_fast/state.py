@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import spectral, strategies
-from .checks import check_base, check_drawn, check_noise, check_sizes
+from .checks import check_base, check_dense, check_drawn, check_noise, check_sizes
 
 STATE_FORMAT = 3  # raised when an old state_dict would no longer continue bit for bit
 
@@ -152,7 +152,7 @@ class SearchState:
         settings = [f.name for f in fields(EvolutionConfig)]
         if not isinstance(state, Mapping) or "format" not in state:
             raise ValueError("not a search state: a dict as state_dict() makes it")
-        if state["format"] != STATE_FORMAT:
+        if type(state["format"]) is not int or state["format"] != STATE_FORMAT:
             raise ValueError(
                 f"not a search state of format {STATE_FORMAT}, which this version of ses_fast goes on with: its format "
                 f"is {state['format']!r}. Search again, or go on with the version that saved it"
@@ -241,16 +241,17 @@ def _check_saved(
     size: int,  # D
 ) -> torch.Generator | None:
     """The saved generator, where there is one. ValueError for entries that no search of `size` coefficients has."""
-    scores = state["scores"]
-    count = scores.numel() if isinstance(scores, Tensor) else 0
+    check_dense("the search state's scores", state["scores"])
+    scores, count = state["scores"], state["scores"].numel()
     elites = min(k_elites, count // popsize * popsize)
     shapes: dict[str, tuple[int, ...]] = {"scores": (count,), "mean": (size,), "variance": (size,)}
     shapes |= {"elite_low": (elites, size), "elite_scores": (elites,), "steps": (count,)}
     for name, shape in shapes.items():
         value = state[name]
+        check_dense(f"the search state's {name}", value)
         dtype = torch.int64 if name == "steps" else torch.float64 if "scores" in name else torch.float32
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if value.dtype != dtype or value.shape != shape:
+            got = f"{value.dtype} {tuple(value.shape)}"
             raise ValueError(f"the search state's {name} must be {dtype} of shape {shape}; got {got}")
         possible = ~value.isnan() if "scores" in name else value.isfinite()
         if not possible.all() or (name in ("variance", "steps") and (value < 0).any()):
@@ -288,6 +289,7 @@ def _check_members(state: Mapping[str, Any]) -> dict[str, Tensor]:
     scores = state.get("member_scores")
     if not names and scores is None:
         return {}
-    if not isinstance(scores, Tensor) or scores.dtype != torch.float64 or scores.shape != (len(names), count):
+    check_dense("the search state's member_scores", scores)
+    if scores.dtype != torch.float64 or scores.shape != (len(names), count):
         raise ValueError(f"the search state's member_scores must be torch.float64 of shape {(len(names), count)}")
     return dict(zip(names, scores, strict=True))

@@ -150,7 +150,9 @@ def test_a_state_of_another_search(arguments, message) -> None:
         pytest.param(lambda d: d.pop("seed"), "lacks seed", id="a setting is missing"),
         pytest.param(lambda d: d.update(base=None), "base_latents must be a torch.Tensor", id="no base"),
         pytest.param(lambda d: d.update(base=torch.cat([BASE, BASE])), "must be one base", id="two bases"),
-        pytest.param(lambda d: d.update(scores=[1.0]), "scores must be torch.float64", id="scores in a list"),
+        pytest.param(
+            lambda d: d.update(scores=[1.0]), "scores must be a torch.Tensor, got list", id="scores in a list"
+        ),
         pytest.param(
             lambda d: d.update(scores=torch.zeros(6, 1)), "scores must be torch.float64", id="scores in two dimensions"
         ),

@@ -124,7 +124,9 @@ def test_the_base_is_one_candidate_and_can_win(name) -> None:
     state = searched(name, 1, x, scored=lambda z: torch.tensor(best), seed=3, include_base=True)
     state = tell(state, ask(state)[1], torch.zeros(4))
     assert leader(state).number == 0 and torch.equal(leader(state).latents, x)
-    plain, with_base = (ask(start(x, EvolutionConfig(4, 3, "db1", 1, name), seed=3, include_base=b))[0] for b in (0, 1))
+    plain, with_base = (
+        ask(start(x, EvolutionConfig(4, 3, "db1", 1, name), seed=3, include_base=b))[0] for b in (False, True)
+    )
     assert torch.equal(with_base[1:], plain[1:]) and torch.equal(with_base[0], x[0])
 
 
