@@ -42,14 +42,33 @@ MARKS = (10, 30, 100, 300, 1000)  # evaluations whose best image is shown, besid
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command. Exits with code 2 and one line on stderr for bad input, before any work starts."""
+    """Runs the command. Exits with code 2 and one line on stderr for bad input, before any work starts; with 1 and one
+    line for what the work itself refuses and for a disk that takes no more, with 130 after Ctrl-C. Any other exception
+    of the work leaves as it is: a fault of ours, or of a reward.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
         work = args.prepare(args)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
-    work()
+    try:
+        work()
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped\n")
+    except (ValueError, RuntimeError, OSError) as error:
+        if not isinstance(error, OSError) and not _is_refusal(error):
+            raise
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the package itself raised it, and so wrote its message for the user."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals.get("__name__", "").startswith("ses_fast.")
 
 
 def _generate(args: argparse.Namespace) -> Callable[[], None]:

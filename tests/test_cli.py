@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,31 @@ def test_an_error_in_the_search_is_not_swallowed(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "load_reward", lambda name, weights: broken)
     with pytest.raises(ValueError, match="a bug in a reward"):
         generate("--out", tmp_path)
+
+
+# What the reward does, the exit code, and the last line on standard error.
+ENDS = {
+    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped"),
+    "a full disk": (OSError(28, "No space left on device"), 1, "ses-fast: error: [Errno 28] No space left on device"),
+    "no finite score": (None, 1, "ses-fast: error: none of the objective's 3 scores is finite: no candidate is best"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_search_that_cannot_end_is_one_line(case, toy, tmp_path, monkeypatch, capsys):
+    error, code, line = ENDS[case]
+
+    def reward(images, prompt):
+        if error is not None:
+            raise error
+        return torch.full((len(images),), torch.nan)
+
+    monkeypatch.setattr(job, "load_reward", lambda name, weights: reward)
+    with pytest.raises(SystemExit) as left, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate("--out", str(tmp_path), "--budget", "3")
+    said = capsys.readouterr().err
+    assert left.value.code == code and said.splitlines()[-1].startswith(line) and "Traceback" not in said
 
 
 def test_z_image_turbo_is_loaded_from_its_published_files(monkeypatch):
