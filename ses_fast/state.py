@@ -290,6 +290,7 @@ def _check_members(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if not names and scores is None:
         return {}
     check_dense("the search state's member_scores", scores)
+    assert isinstance(scores, Tensor)  # for the type checker
     if scores.dtype != torch.float64 or scores.shape != (len(names), count):
         raise ValueError(f"the search state's member_scores must be torch.float64 of shape {(len(names), count)}")
     return dict(zip(names, scores, strict=True))
