@@ -183,12 +183,15 @@ def check_images(
     mean: Sequence[float],
     std: Sequence[float],
     centre: str,
+    rounding: str,
 ) -> None:
     """ValueError for what `resize_normalize` does not take."""
     if rule not in ("crop", "pad"):
         raise ValueError(f'rule must be "crop" or "pad", got {rule!r}')
     if centre not in ("floor", "round"):
         raise ValueError(f'centre must be "floor" or "round", got {centre!r}')
+    if rounding not in ("down", "nearest"):
+        raise ValueError(f'rounding must be "down" or "nearest", got {rounding!r}')
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (n, 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():

@@ -244,9 +244,10 @@ def resize_normalize(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype | None = None,
     centre: str = "floor",
+    rounding: str = "down",
     backend: str | None = None,
 ) -> Tensor:
-    checks.check_images(images, rule, size, mean, std, centre)
+    checks.check_images(images, rule, size, mean, std, centre, rounding)
     return _call(
         "resize_normalize",
         "preprocess",
@@ -260,4 +261,5 @@ def resize_normalize(
         std=std,
         dtype=dtype,
         centre=centre,
+        rounding=rounding,
     )
