@@ -30,6 +30,7 @@ from .prompts import FORMATS, read_prompts
 PACKAGES = {
     "triton": "triton",
     "diffsynth": "diffsynth",
+    "diffusers": "diffusers",
     "torchvision": "diffsynth",
     "transformers": "rewards",
     "open_clip_torch": "rewards",
