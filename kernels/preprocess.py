@@ -43,11 +43,16 @@ def clipped(x):
 
 
 @triton.jit
-def quantised(v):
-    """trunc(clip((v + 1) * 127.5, 0, 255)) in fp16, rounded to v's dtype after each operation, as torch does.
+def quantised(v, NEAREST: tl.constexpr):
+    """The grey levels of v in fp16, see `resize_normalize`; rounded to v's dtype after each operation, as torch does.
 
-    fp32 has more than twice the bits of fp16 and bf16, so that rounding twice is rounding once.
+    fp32 has more than twice the bits of fp16 and bf16, so that rounding twice is rounding once. The clip stands
+    between product and sum: a fused multiply-add would round once where Python rounds twice.
     """
+    if NEAREST:
+        BIG: tl.constexpr = 1.5 * 2.0**23  # adding it rounds to whole numbers, half to even
+        x = (v.to(tl.float32) * 0.5 + 0.5).to(v.dtype).to(tl.float32)
+        return ((clipped(x * 255.0) + BIG) - BIG).to(tl.float16)
     x = (v.to(tl.float32) + 1.0).to(v.dtype).to(tl.float32)
     x = clipped((x * 127.5).to(v.dtype)).to(tl.float32)
     if v.dtype == tl.float32:
@@ -88,6 +93,7 @@ def resize_normalize_kernel(
     sees,  # (width, left, right, bottom): the crop sees columns left ... right - 1, rows up to bottom - 1
     size,
     WHOLE: tl.constexpr,  # Pillow's whole numbers ("crop"), or fractions ("pad")
+    NEAREST: tl.constexpr,  # how a grey level is rounded
     CUT: tl.constexpr,  # it does not see all columns
     ALIGN: tl.constexpr,  # so that the compiler knows what a tile's first column is a multiple of
     SHIFT_X: tl.constexpr,  # the bits of a low limb: scaling by 2^SHIFT is then a constant; and so the next
@@ -129,7 +135,7 @@ def resize_normalize_kernel(
                 b_image = tl.where(((x >= left) & (x < right))[None, :], b_image, 0.0)
             p_across = w_across + o_across + (k * SPAN_X + r_span_x)[:, None] * X + r_x[None, :]
             w_high, w_low = tl.load(p_across), tl.load(p_across + STEPS_X * SPAN_X * X)  # [SPAN_X, X]
-            b_grey = quantised(b_image)
+            b_grey = quantised(b_image, NEAREST)
             row_high = tl.dot(b_grey, w_high, row_high)
             row_low = tl.dot(b_grey, w_low, row_low)
         b_row = weighted(row_high, row_low, SHIFT_X, WHOLE)  # [SPAN_Y, X]
@@ -284,12 +290,13 @@ def resize_normalize(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype | None = None,
     centre: str = "floor",
+    rounding: str = "down",
 ) -> Tensor:
     height, width = images.shape[-2:]
     if reason := unfit(height, width, rule, size):
         raise ValueError(reason)
     out = images.new_empty((len(images), 3, size, size), dtype=dtype or images.dtype)
-    fill_resize_normalize(images, out, rule, list(mean), list(std), centre)
+    fill_resize_normalize(images, out, rule, list(mean), list(std), centre, rounding)
     return out
 
 
@@ -301,6 +308,7 @@ def fill_resize_normalize(
     mean: list[float],
     std: list[float],
     centre: str,
+    rounding: str,
 ) -> None:
     if not len(images):
         return
@@ -325,6 +333,7 @@ def fill_resize_normalize(
         (width, left, right, bottom),
         size,
         WHOLE=rule == "crop",
+        NEAREST=rounding == "nearest",
         CUT=right - left < width,
         ALIGN=ALIGN,
         SHIFT_X=across.shift,

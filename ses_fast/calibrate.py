@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import evolution, ops
 from .files import write_whole
-from .pipelines import Preview
+from .pipelines import Preview, noise_levels
 from .result import SearchResult
 from .scores import as_scores
 from .statistics import Interval, best, mean_of, overlap, pooled_correlation, spearman, worth
@@ -78,10 +78,10 @@ def measure(studio: Studio, reward: Callable[[Tensor, str], Any], prompts: Seque
         raise ValueError(f"noises of a prompt are compared with each other: at least 2, got {noises}")
     found = Measured()
     studio.search(prompts[0], 0, reward, 2, popsize=2, k_elites=1)  # a first search costs more than others
-    sigmas = [float(each) for each in getattr(studio.pipe.scheduler, "sigmas", ())[: studio.steps]]
+    sigmas = noise_levels(studio.pipe)
     for seed, prompt in enumerate(tqdm(prompts, desc="prompts")):
         result = _full(studio, reward, prompt, seed, noises, sigmas, found)
-        guided = result.forwards["preview"] > noises * studio.steps
+        guided = result.forwards["preview"] >= 2 * noises * (len(sigmas) or studio.steps)
         for setting in settings_of(studio.steps, guided):
             if setting.name in found.refused:
                 continue
@@ -141,7 +141,10 @@ def _full(
     found: Measured,
 ) -> SearchResult:
     """Full fidelity, and x0 after each step by a race that stops nobody."""
-    steps = [step for step, sigma in enumerate(sigmas, start=1) if 0 < sigma < 1 and step < len(sigmas)]
+    # A second-order scheduler has more steps than studio.steps, and two of a level: a rung is the first of them.
+    falls = [sigma < before - 1e-6 for before, sigma in zip((math.inf, *sigmas), sigmas, strict=False)]
+    steps = [i + 1 for i, sigma in enumerate(sigmas[:-1]) if 0 < sigma < 1 and falls[i]]
+    all_steps = len(sigmas) or studio.steps
     race = [(sigmas[step - 1], 1 - 1e-6 * place) for place, step in enumerate(steps, start=1)]
     if EARLY in found.refused:
         steps, race = [], []
@@ -155,11 +158,11 @@ def _full(
         return _full(studio, reward, prompt, seed, noises, sigmas, found)
     *early, full = record.scores
     assert len(early) == len(steps) and all(len(each) == noises for each in record.scores)
-    forward = result.seconds["denoise"] / noises / studio.steps
+    forward = result.seconds["denoise"] / noises / all_steps
     look = (result.seconds["decode"] + result.seconds["reward"]) / noises / len(record.scores)
     for step, scores in zip(steps, early, strict=True):
         found.early.setdefault((step, sigmas[step - 1]), Look()).add(scores, step * forward + look)
-    found.full.add(full, studio.steps * forward + look)
+    found.full.add(full, all_steps * forward + look)
     found.forward.append(forward)
     return result
 

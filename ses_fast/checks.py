@@ -238,12 +238,16 @@ def check_images(
     rule: str,
     size: int,
     centre: str,
+    rounding: str,
 ) -> None:
     """ValueError for what `resize_normalize` does not take, but for its mean and std."""
-    if not isinstance(rule, str) or rule not in ("crop", "pad"):
-        raise ValueError(f'rule must be "crop" or "pad", got {rule!r:.100}')
-    if not isinstance(centre, str) or centre not in ("floor", "round"):
-        raise ValueError(f'centre must be "floor" or "round", got {centre!r:.100}')
+    for name, given, known in (
+        ("rule", rule, ("crop", "pad")),
+        ("centre", centre, ("floor", "round")),
+        ("rounding", rounding, ("down", "nearest")),
+    ):
+        if not isinstance(given, str) or given not in known:
+            raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", got {given!r:.100}')
     check_floating("images", images)
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (n, 3, H, W), got {tuple(images.shape)}")

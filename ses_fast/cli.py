@@ -22,13 +22,15 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import HELDOUT, prepare_calibrate, prepare_compare
 from .files import write_whole
-from .job import EMBEDDED, MODEL_HELP, Job, check_writable, checked_prompt, quiet
+from .job import EMBEDDED, Job, check_writable, checked_prompt
+from .models import MODEL_HELP, quiet
 from .prompts import FORMATS, read_prompts
 
 # an optional package -> the extra that installs it
 PACKAGES = {
     "triton": "triton",
     "diffsynth": "diffsynth",
+    "diffusers": "diffusers",
     "torchvision": "diffsynth",
     "transformers": "rewards",
     "open_clip_torch": "rewards",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .job import EMBEDDED, MODELS, check_writable, checked_prompt, known, load_reward
+from .job import EMBEDDED, check_writable, checked_prompt, load_reward
+from .models import model_of, quiet
 from .prompts import read_prompts
 from .studio import Studio
 
@@ -22,7 +23,8 @@ QUICK: dict[str, Any] = {"budgets": "10,20", "seeds": 1, "rounds": 1, "minutes":
 
 def prepare_compare(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments of `compare`. The models are loaded by the work, in each of its processes."""
-    model = known_model(args)
+    model = args.model
+    model_of(model, args.height, args.width)
     tasks = tuple((args.tasks or args.reward or ("clip,jpeg" if model == "embedded" else "pick")).split(","))
     held_out = args.report_reward or ("embedded_heldout" if model == "embedded" else None)
     for name in tasks if held_out is None else (*tasks, held_out):
@@ -79,7 +81,8 @@ def _compare(load: Callable[[], Studio], plan: Any, out: Path, workers: int, rou
 
 def prepare_calibrate(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments of `calibrate` and loads what they name."""
-    model = known_model(args)
+    model = args.model
+    model_of(model, args.height, args.width)
     reward = args.reward or ("embedded" if model == "embedded" else "pick")
     _known_reward(model, reward)
     prompts, size = _prompts(args.prompts, model), _size(args)
@@ -113,28 +116,15 @@ def open_studio(model: str, tasks: Sequence[str], held_out: str | None, steps: i
             return embedded.load_reward(TASKS[name])
         return load_reward(name, None)
 
+    pipe = pipelines.enable(model_of(model)())
     return Studio(
-        pipe=pipelines.enable(MODELS[model]()),
+        pipe=pipe,
         rewards={name: loaded(name) for name in tasks},
         steps=steps,
         held_out=None if held_out is None else loaded(held_out),
         judge=(lambda image, prompt: embedded.judge(image, prompt)["all"]) if model == "embedded" else None,
-        arguments={"progress_bar_cmd": _quiet, **size},
+        arguments={**quiet(pipe), **size},
     )
-
-
-def _quiet(steps: Any) -> Any:  # in place of a progress bar
-    return steps
-
-
-def known_model(args: argparse.Namespace) -> str:
-    """The model that is named. Raises ValueError for an unknown one, and for a size that it cannot draw."""
-    known("model", args.model, MODELS)
-    if args.model == "embedded":
-        from .embedded.pipeline import check_size
-
-        check_size(args.height or 1, args.width or 1)
-    return args.model
 
 
 def _known_reward(model: str, name: str) -> None:

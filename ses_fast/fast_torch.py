@@ -229,9 +229,10 @@ def resize_normalize(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype | None = None,
     centre: str = "floor",
+    rounding: str = "down",
 ) -> Tensor:
     out = images.new_empty((len(images), 3, size, size), dtype=dtype or images.dtype)
-    plain_resize_normalize(images, out, rule, list(mean), list(std), centre)
+    plain_resize_normalize(images, out, rule, list(mean), list(std), centre, rounding)
     return out
 
 
@@ -244,19 +245,23 @@ def plain_resize_normalize(
     mean: list[float],
     std: list[float],
     centre: str,
+    rounding: str,
 ) -> None:
     n, _, height, width = images.shape
     size = out.shape[-1]
     if rule == "crop":
         rows, columns = crop_resizes(height, width, size, centre)
-        x = quantised(images[..., slice(*rows.window()), slice(*columns.window())])  # what the crop can see
+        seen = images[..., slice(*rows.window()), slice(*columns.window())]  # what the crop can see
+        x = quantised(seen, rounding)
         tall = x.shape[2]
         x = _pil_resize(x.flatten(0, 2), columns)  # [size, n * 3 * tall]: Pillow goes across first,
         x = _pil_resize(x.reshape(size * n * 3, tall), rows)  # [size, size * n * 3]: then down
         x = x.reshape(size, size, n, 3).permute(2, 3, 0, 1).contiguous() / 255
     else:
         rows, columns = pad_resizes(height, width, size)
-        x = F.interpolate(quantised(images) / 255, (rows.target, columns.target), mode="bicubic", antialias=True)
+        x = F.interpolate(
+            quantised(images, rounding) / 255, (rows.target, columns.target), mode="bicubic", antialias=True
+        )
         x = F.pad(x, (*columns.margins(), *rows.margins()))
     shift, spread = (_channels(tuple(values), x.device) for values in (mean, std))
     out.copy_((x - shift) / spread)

@@ -1,14 +1,14 @@
 """What a command that searches was asked to do, checked, and the models and rewards that it names."""
 
 import argparse
-import inspect
 import os
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .models import model_of
 
 EMBEDDED = {"embedded": False, "embedded_heldout": True}  # the embedded model's rewards -> heldout=
 # An option of the command -> the setting of SESConfig that it takes the place of.
@@ -40,7 +40,7 @@ class Job:
     @staticmethod
     def of(args: argparse.Namespace) -> "Job":
         """Raises ValueError for bad arguments, and OSError for a file that is not there, before anything is loaded."""
-        model_of(args.model)
+        model_of(args.model, args.height, args.width)
         reward = args.reward or ("embedded" if args.model == "embedded" else "pick")
         report = tuple(args.report_reward or ())
         from .rewards import known_name
@@ -54,10 +54,6 @@ class Job:
                 )
         if reward in EMBEDDED and args.reward_weights:
             raise ValueError("--reward-weights: the embedded reward has its own weights")
-        if args.model == "embedded":
-            from .embedded.pipeline import check_size
-
-            check_size(args.height or 1, args.width or 1)
         return Job(
             model=args.model,
             reward=reward,
@@ -96,79 +92,6 @@ def _config(args: argparse.Namespace) -> Any:
     return replace(config, **given)
 
 
-def _embedded_model() -> Any:
-    from .embedded import load_pipeline
-
-    return load_pipeline()
-
-
-def _z_image_turbo() -> Any:
-    from .errors import missing_extra
-
-    try:
-        from ._torchvision import declare_torchvision_ops
-
-        declare_torchvision_ops()
-        from diffsynth.pipelines.z_image import ModelConfig, ZImagePipeline
-    except ModuleNotFoundError as error:
-        raise missing_extra("diffsynth", "diffsynth") from error
-
-    patterns = (
-        "transformer/*.safetensors",
-        "text_encoder/*.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-    )
-    configs = [ModelConfig(model_id="Tongyi-MAI/Z-Image-Turbo", origin_file_pattern=pattern) for pattern in patterns]
-    try:
-        return ZImagePipeline.from_pretrained(model_configs=configs)
-    except OSError as error:
-        raise OSError(
-            "cannot load Tongyi-MAI/Z-Image-Turbo: no copy in ./models (or DIFFSYNTH_MODEL_BASE_PATH) and none to be "
-            f"downloaded now ({type(error).__name__}). Download it once where there is a network"
-        ) from error
-
-
-def _diffusers_model(source: str) -> Any:
-    from .errors import missing_extra
-
-    try:
-        from ._torchvision import declare_torchvision_ops
-
-        declare_torchvision_ops()
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise missing_extra("diffusers", "diffusers") from error
-    import torch
-
-    gpu = torch.cuda.is_available()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.bfloat16 if gpu else torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if gpu else "cpu")
-
-
-MODELS: dict[str, Callable[[], Any]] = {"embedded": _embedded_model, "z-image-turbo": _z_image_turbo}
-MODEL_HELP = f"one of {', '.join(MODELS)}, or diffusers:SOURCE, a Hub id or a folder"
-
-
-def model_of(name: str) -> Callable[[], Any]:
-    """What loads the model of that name. Raises ValueError for another."""
-    library, _, source = name.partition(":")
-    if library == "diffusers" and source:
-        return partial(_diffusers_model, source)
-    if name not in MODELS:
-        raise ValueError(
-            f"unknown model {name!r}; the known ones are {', '.join(sorted(MODELS))}, and diffusers:SOURCE with a Hub "
-            "id or a folder"
-        )
-    return MODELS[name]
-
-
-def quiet(pipe: Any) -> dict[str, Any]:
-    """The arguments of a call that shows no bar of its own."""
-    names = inspect.signature(pipe.__call__).parameters
-    return {"progress_bar_cmd": lambda steps: steps} if "progress_bar_cmd" in names else {}
-
-
 def load_reward(name: str, weights: str | None) -> Any:
     """A reward by a name that the command takes."""
     if name in EMBEDDED:
@@ -178,12 +101,6 @@ def load_reward(name: str, weights: str | None) -> Any:
     from .rewards import load_reward
 
     return load_reward(name, weights=weights)
-
-
-def known(kind: str, name: str, names: Collection[str]) -> None:
-    """Raises ValueError for a name that is none of `names`."""
-    if name not in names:
-        raise ValueError(f"unknown {kind} {name!r}; the known ones are {', '.join(sorted(names))}")
 
 
 def checked_prompt(prompt: str) -> str:

@@ -248,9 +248,10 @@ def resize_normalize(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype | None = None,
     centre: str = "floor",
+    rounding: str = "down",
     backend: str | None = None,
 ) -> Tensor:
-    checks.check_images(images, rule, size, centre)
+    checks.check_images(images, rule, size, centre, rounding)
     checks.check_dtype(dtype)
     mean, std = checks.colour("mean", mean), checks.colour("std", std)
     return _call(
@@ -266,4 +267,5 @@ def resize_normalize(
         std=std,
         dtype=dtype,
         centre=centre,
+        rounding=rounding,
     )

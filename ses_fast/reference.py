@@ -258,10 +258,11 @@ def resize_normalize(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype | None = None,
     centre: str = "floor",
+    rounding: str = "down",
 ) -> Tensor:
     """Turns a decoder's images into a reward model's input: [n, 3, size, size] in `dtype` (None: the images').
 
-    First both rules quantise as saving a picture would: trunc(clip((v + 1) * 127.5, 0, 255)), in the images' dtype.
+    First both rules quantise to 8 bits as saving a picture would, see `rounding`.
     rule "crop" (CLIPProcessor): the shortest edge to `size` with Pillow's 8-bit bicubic, bit for bit; a centre crop.
         Across first, then down, as Pillow up to 12 and so the published rewards, whatever Pillow is installed:
         13 goes down first where a picture is more than about twice as tall as wide.
@@ -270,16 +271,23 @@ def resize_normalize(
 
     centre: where "crop" cuts when an odd number of pixels is left over. "floor": (n - size) // 2; "round": half to
         even, as torchvision's CenterCrop and ImageReward do.
+    rounding: which picture is saved. "down": DiffSynth's, trunc(clip((v + 1) * 127.5, 0, 255)) in the images' dtype;
+        "nearest": diffusers' (VaeImageProcessor), clip(v / 2 + 0.5, 0, 1) in their dtype, then round(255 x) in fp32,
+        half to even.
 
-    Raises ValueError for another rule, centre, shape, dtype or size.
+    Raises ValueError for another rule, centre, rounding, shape, dtype or size.
     """
     height, width = images.shape[-2:]
     if rule == "crop":
         rows, columns = crop_resizes(height, width, size, centre)
-        x = pil_resize(pil_resize(quantised(images), columns).mT, rows).mT / 255  # Pillow goes across first, then down
+        x = (
+            pil_resize(pil_resize(quantised(images, rounding), columns).mT, rows).mT / 255
+        )  # Pillow goes across first, then down
     else:
         rows, columns = pad_resizes(height, width, size)
-        x = F.interpolate(quantised(images) / 255, (rows.target, columns.target), mode="bicubic", antialias=True)
+        x = F.interpolate(
+            quantised(images, rounding) / 255, (rows.target, columns.target), mode="bicubic", antialias=True
+        )
         x = F.pad(x, (*columns.margins(), *rows.margins()))
     shift, spread = (
         torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None] for values in (mean, std)
@@ -289,8 +297,11 @@ def resize_normalize(
 
 def quantised(
     images: Tensor,  # [n, 3, H, W] in [-1, 1]
+    rounding: str = "down",
 ) -> Tensor:
-    """0 ... 255 as the uint8 of a picture, in fp32; computed in the images' own dtype, as DiffSynth does."""
+    """0 ... 255 as the uint8 of a picture, in fp32; see `resize_normalize`."""
+    if rounding == "nearest":
+        return (images.detach() * 0.5).add_(0.5).clamp_(0, 1).float().mul(255).round_()
     return (images.detach() + 1).mul_(127.5).clamp_(0, 255).trunc_().float()
 
 

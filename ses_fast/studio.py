@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .pipelines import Preview, SESConfig
+from .pipelines.enabled import picture
 from .result import SearchResult
 from .rewards.pil import of_pil
 from .scores import as_scores
@@ -36,7 +37,7 @@ class Studio:
 
     def call(self, prompt: str, seed: int, **others: Any) -> Any:
         """The picture of a call."""
-        return self.pipe(prompt, seed=seed, **{"num_inference_steps": self.steps, **self.arguments, **others})
+        return picture(self.pipe(prompt, seed=seed, **{"num_inference_steps": self.steps, **self.arguments, **others}))
 
     def search(
         self,
@@ -48,7 +49,7 @@ class Studio:
         **config: Any,
     ) -> tuple[Any, SearchResult]:
         """(the picture, the result) of a documented call; config: SESConfig's."""
-        picture = self.call(
+        found = self.call(
             prompt,
             seed,
             enable_ses=True,
@@ -57,11 +58,11 @@ class Studio:
             ses_inference_steps=preview_steps or self.steps,
             ses_config=SESConfig(progress=False, **config),
         )
-        return picture, self.pipe.ses_result
+        return found, self.pipe.ses_result
 
-    def tensor(self, picture: Any) -> Tensor:  # [1, 3, H, W] in [-1, 1]
+    def tensor(self, found: Any) -> Tensor:  # [1, 3, H, W] in [-1, 1]
         """A picture that the pipeline returned, for a reward."""
-        return of_pil(picture, self.pipe.device)
+        return of_pil(found, self.pipe.device)
 
     def warm_up(self, prompt: str, task: str) -> int:
         """A first search, which costs more than others. Returns the denoiser's forwards of a step: 2 with guidance."""

@@ -91,14 +91,16 @@ def elites() -> dict[str, Callable]:
 def preprocess() -> dict[str, Callable]:
     from ses_fast.kernels import preprocess
 
-    def resize(height: int, width: int, dtype: torch.dtype, rule: str = "crop") -> Callable:
+    def resize(height: int, width: int, dtype: torch.dtype, rule: str = "crop", **options) -> Callable:
         images = torch.zeros(1, 3, height, width, dtype=dtype)
-        return lambda: preprocess.resize_normalize(images, rule, dtype=torch.float32)
+        return lambda: preprocess.resize_normalize(images, rule, dtype=torch.float32, **options)
 
     return {
         "crop 1024x1024 bf16": resize(1024, 1024, torch.bfloat16),
         "crop 1328x1328 bf16": resize(1328, 1328, torch.bfloat16),
         "crop 1024x1024 fp32": resize(1024, 1024, torch.float32),
+        "crop 1024x1024 bf16, rounded": resize(1024, 1024, torch.bfloat16, rounding="nearest"),
+        "crop 1024x1024 fp32, rounded": resize(1024, 1024, torch.float32, rounding="nearest"),
         "crop 2048x2048 fp32": resize(2048, 2048, torch.float32),
         "crop 4096x4096 fp32": resize(4096, 4096, torch.float32),
         "crop 928x1664 bf16": resize(928, 1664, torch.bfloat16),

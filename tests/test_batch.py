@@ -19,7 +19,7 @@ from PIL import Image
 from toy_batch import Forks, ToyPipeline, redness, to_picture
 
 import ses_fast
-from ses_fast import SESConfig, batch, cli, folder, job, pipelines
+from ses_fast import SESConfig, batch, cli, folder, job, models, pipelines
 from ses_fast.folder import CannotWrite, Folder, Result
 
 PROMPTS = ["a red fox", "two grey cats in the snow", "a castle on a hill above the sea"]
@@ -705,7 +705,7 @@ def test_thirty_kills_at_random_moments(forks, tmp_path):
 @pytest.fixture
 def toy(monkeypatch):
     pipe = ToyPipeline()
-    monkeypatch.setitem(job.MODELS, "embedded", lambda: pipe)
+    monkeypatch.setitem(models.MODELS, "embedded", lambda: pipe)
     monkeypatch.setattr(job, "load_reward", lambda name, weights: redness)
     monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
     return pipe

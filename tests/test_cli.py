@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import ses_fast
-from ses_fast import cli, job, pipelines
+from ses_fast import cli, job, models, pipelines
 
 PROMPT = "two red squares left of three blue rings"
 
@@ -67,7 +67,7 @@ def redness(images, prompt):
 @pytest.fixture
 def toy(monkeypatch):
     pipe = ToyPipeline()
-    monkeypatch.setitem(job.MODELS, "embedded", lambda: pipe)
+    monkeypatch.setitem(models.MODELS, "embedded", lambda: pipe)
     monkeypatch.setattr(job, "load_reward", lambda name, weights: redness)
     monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
     return pipe
@@ -193,7 +193,7 @@ def test_the_defaults_are_those_of_the_documented_command(toy, tmp_path, capsys)
 
 def test_another_models_reward_is_pick(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setitem(job.MODELS, "z-image-turbo", ToyPipeline)
+    monkeypatch.setitem(models.MODELS, "z-image-turbo", ToyPipeline)
     monkeypatch.setattr(pipelines, "enable", lambda pipe: pipe)
     monkeypatch.setattr(job, "load_reward", lambda name, weights: asked.append(name) or redness)
     generate("--model", "z-image-turbo", "--budget", 1, "--out", tmp_path)
@@ -314,7 +314,9 @@ def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_weights_that_are_not_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(job.MODELS, "embedded", lambda: pytest.fail("the model was loaded before the reward was found"))
+    monkeypatch.setitem(
+        models.MODELS, "embedded", lambda: pytest.fail("the model was loaded before the reward was found")
+    )
     with pytest.raises(SystemExit, match="2"):
         generate("--reward", "pick", "--reward-weights", tmp_path / "none", "--out", tmp_path)
     printed = capsys.readouterr().err
@@ -363,19 +365,6 @@ def test_a_search_that_cannot_end_is_one_line(case, toy, tmp_path, monkeypatch, 
         generate("--out", str(tmp_path), "--budget", "3")
     said = capsys.readouterr().err
     assert left.value.code == code and said.splitlines()[-1].startswith(line) and "Traceback" not in said
-
-
-def test_z_image_turbo_is_loaded_from_its_published_files(monkeypatch):
-    from diffsynth.pipelines.z_image import ZImagePipeline
-
-    monkeypatch.setattr(ZImagePipeline, "from_pretrained", staticmethod(lambda model_configs: model_configs))
-    configs = job.MODELS["z-image-turbo"]()
-    assert {config.model_id for config in configs} == {"Tongyi-MAI/Z-Image-Turbo"}
-    assert [config.origin_file_pattern.split("/")[0] for config in configs] == [
-        "transformer",
-        "text_encoder",
-        "vae",
-    ]
 
 
 def test_doctor(monkeypatch, capsys):

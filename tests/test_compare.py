@@ -8,7 +8,7 @@ import torch
 from tiny import brightness, tiny_flux
 
 import ses_fast
-from ses_fast import calibrate, cli, commands, compare, job, tables
+from ses_fast import calibrate, cli, commands, compare, models, tables
 from ses_fast.methods import METHODS, MIX, PARTS
 from ses_fast.pipelines import Preview, SESConfig
 from ses_fast.pipelines.diffsynth.documented import Flow
@@ -369,7 +369,7 @@ def test_too_few_noises_are_refused(studio):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(job.MODELS, "tiny", tiny_flux)
+    monkeypatch.setitem(models.MODELS, "tiny", tiny_flux)
     monkeypatch.setattr(commands, "load_reward", lambda name, weights: {"pick": brightness, "clip": redness}[name])
 
 
@@ -426,7 +426,7 @@ def test_the_command_calibrates(tiny, tmp_path, capsys):
 def test_bad_arguments_end_in_one_line(tiny, arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foxes.txt").write_text("a red fox")
-    monkeypatch.setitem(job.MODELS, "embedded", lambda: pytest.fail("loaded"))
+    monkeypatch.setitem(models.MODELS, "embedded", lambda: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     error = capsys.readouterr().err

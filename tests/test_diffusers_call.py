@@ -4,6 +4,7 @@ import copy
 import logging
 from contextlib import contextmanager
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from test_diffusers import close, drawn, levels, packed, previews, rounded
 from tiny_diffusers import brightness, first, make, search
 
 import ses_fast
-from ses_fast import Preview, SearchResult, SESConfig
+from ses_fast import Preview, SearchResult, SESConfig, evolution, reference
+from ses_fast.pipelines.diffusers import call as diffusers_call
 from ses_fast.pipelines.diffusers.call import suited
 from ses_fast.pipelines.diffusers.driver import Driver
 from ses_fast.pipelines.diffusers.pictures import at_levels, of_output
@@ -393,6 +395,97 @@ def test_cpu_offload_stays_on_the_device_during_a_search_and_is_put_back(monkeyp
     assert len(put_back) == 2 and tiny.pipe._all_hooks is not hooks
 
 
+def offloaded(pipe):
+    """The hooks by which accelerate loads each module's weights for its forward alone."""
+    hooks = {name: module._hf_hook for name, module in pipe.unet.named_modules() if hasattr(module, "_hf_hook")}
+    assert hooks and all(weight.device.type == "meta" for weight in pipe.unet.parameters())
+    return hooks
+
+
+def test_sequential_cpu_offload_stays_as_it_is(monkeypatch):
+    """A CPU stands for the device: the weights lie on "meta" but for a module's own forward."""
+    own = accelerate.cpu_offload  # it takes "cpu:0", as diffusers names the device, for another than "cpu"
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **how: own(model, device.type, **how))
+    tiny = make("SDXL")
+    ses_fast.enable(tiny.pipe)
+    stock = first(tiny(num_inference_steps=3, generator=drawn()))
+    _, _, images, _ = previews(tiny, 4, batch_size=2)
+    tiny.pipe.enable_sequential_cpu_offload(device="cpu")
+    hooks = offloaded(tiny.pipe)
+    output, _ = search(tiny, 1, batch_size=1)
+    assert np.array_equal(first(output), stock) and offloaded(tiny.pipe) == hooks
+    _, result, again, _ = previews(tiny, 4, batch_size=2, preview=Preview(refine=1))
+    assert torch.equal(again, images) and result.refined and offloaded(tiny.pipe) == hooks
+    with pytest.raises(ZeroDivisionError):
+        search(tiny, 4, reward=lambda images, prompt: 1 / 0)
+    with pytest.raises(KeyboardInterrupt), stops_in_forward(tiny.pipe.unet, 3):
+        search(tiny, 4, batch_size=2)
+    assert offloaded(tiny.pipe) == hooks
+    assert np.array_equal(first(tiny(num_inference_steps=3, generator=drawn())), stock)
+
+
+@contextmanager
+def stops_in_forward(model, times):
+    """Inside, the user presses Ctrl-C in the model's forward of that number."""
+    calls = []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == times:
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", None])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_generator_of_any_device_on_a_gpu(device, offload):
+    tiny = make("FLUX.1")
+    ses_fast.enable(tiny.pipe)
+    tiny.pipe.to("cuda") if offload is None else getattr(tiny.pipe, offload)()
+    stock = first(tiny(num_inference_steps=3, generator=torch.Generator(device).manual_seed(3)))
+    output, result = search(tiny, 1, call={"generator": torch.Generator(device).manual_seed(3)}, batch_size=1)
+    assert np.array_equal(first(output), stock) and result.state.base.device.type == "cuda"
+    with pytest.raises(ZeroDivisionError):
+        search(tiny, 4, reward=lambda images, prompt: 1 / 0)
+    weights = {weight.device.type for weight in tiny.pipe.transformer.parameters()}
+    assert weights == {
+        {"enable_model_cpu_offload": "cpu", "enable_sequential_cpu_offload": "meta"}.get(offload, "cuda")
+    }
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        diffusers.FirstBlockCacheConfig(threshold=1.0),
+        diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    ],
+    ids=["first block", "TaylorSeer"],
+)
+def test_a_cache_does_not_leak_between_candidates(cache):
+    """Each preview is the stock call's image of its noise, whatever was drawn before, or broke off in its middle."""
+    tiny = make("FLUX.1")
+    ses_fast.enable(tiny.pipe)
+    plain = first(tiny(num_inference_steps=4, generator=drawn()))
+    tiny.pipe.transformer.enable_cache(cache)
+    stock = first(tiny(num_inference_steps=4, generator=drawn()))
+    assert np.abs(stock - plain).max() > 0.01, "the cache does nothing"
+    with pytest.raises(KeyboardInterrupt), stops_in_forward(tiny.pipe.transformer, 3):
+        search(tiny, 4, steps=4)
+    _, result, images, _ = previews(tiny, 4, steps=4, popsize=4)
+    state = result.state
+    begun = evolution.start(state.base, state.config, seed=result.seed, include_base=True)
+    for noise, image in zip(evolution.ask(begun, 4)[0].split(1), images, strict=True):
+        alone = tiny(num_inference_steps=4, latents=packed(tiny.pipe, noise))
+        assert np.array_equal(levels(image[None])[0], rounded(first(alone)))
+    assert np.array_equal(first(tiny(num_inference_steps=4, generator=drawn())), stock)
+
+
 def test_adapters_tiles_and_caches_are_the_stock_calls():
     """A LoRA and an IP-Adapter in the denoiser, tiled decoding; a cache, which decides by the mean over a batch."""
     tiny = make("SDXL")
@@ -516,7 +609,7 @@ def test_held_out_rewards_judge_both_images(sdxl):
     assert base == pytest.approx(2 * stock.mean() - 1, abs=0.01) and answer == pytest.approx(result.score, abs=1e-5)
 
 
-def test_a_video_is_judged_by_all_frames_or_by_the_middle_one():
+def test_a_video_is_judged_by_all_frames_or_by_the_middle_one(monkeypatch):
     wan = enabled("Wan")
     shapes = []
 
@@ -526,20 +619,36 @@ def test_a_video_is_judged_by_all_frames_or_by_the_middle_one():
 
     search(wan, 2, reward=sees, call={"prompt": None})
     assert shapes == [(2, 9, 3, 32, 32)]
+    # A reward of the package sees the middle one, and reads a text.
+    frames, seen = first(search(wan, 0)[0]), []
+    monkeypatch.setattr(diffusers_call, "check_embeds", lambda given, rewards: None)
+    search(
+        wan, 1, reward=from_pil(lambda pictures, prompt: [float(seen.append(np.array(each)) or 0) for each in pictures])
+    )
+    assert frames.shape == (9, 32, 32, 3) and len(seen) == 1 and np.array_equal(seen[0], rounded(frames[4]))
+    with pytest.raises(ValueError, match="leave num_videos_per_prompt=2 out"):
+        search(wan, 2, call={"num_videos_per_prompt": 2})
 
 
 def test_pictures_are_at_the_levels_that_diffusers_rounds_to():
-    values = torch.cat([torch.rand(1000), torch.arange(256) / 255, (torch.arange(255) + 0.5) / 255])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        images = values.to(dtype)[None, None, None].expand(1, 3, 1, -1)
-        picture = diffusers.image_processor.VaeImageProcessor.numpy_to_pil(
-            diffusers.image_processor.VaeImageProcessor.pt_to_numpy(images)
-        )
+    """All levels, all halves between them and the numbers beside those, as a decoder of each dtype can give them."""
+    marks = torch.arange(511, dtype=torch.float64) / 510  # the 256 levels and the 255 halves
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        beside = [torch.nextafter(marks.to(dtype), torch.tensor(end, dtype=dtype)) for end in (0, 1)]
+        values = torch.cat([marks.to(dtype), *beside, torch.rand(1000, generator=drawn()).to(dtype)])
+        images = values[None, None, None].expand(1, 3, 1, -1)
+        processor = diffusers.image_processor.VaeImageProcessor
+        picture = processor.numpy_to_pil(processor.pt_to_numpy(images))
         expected = np.array(picture[0])[None]
-        assert np.array_equal(levels(at_levels(images)), expected)
-        assert np.array_equal(levels(of_output((picture,), torch.device("cpu"))), expected)
         seen = []
-        from_pil(lambda image, prompt, seen=seen: seen.append(np.array(image)) or 0.0, batched=False)(
-            at_levels(images), ""
-        )
-        assert np.array_equal(seen[0], expected[0])
+        sees = from_pil(lambda image, prompt, seen=seen: seen.append(np.array(image)) or 0.0, batched=False)
+        for shown in (at_levels(images), of_output((picture,), torch.device("cpu"))):
+            assert shown.dtype == torch.float32 and shown.abs().max() <= 1
+            for kept in (shown, shown.half()):  # a reward may go on in half precision
+                assert np.array_equal(levels(kept), expected)
+                for rounding in ("down", "nearest"):
+                    pixels = reference.quantised(kept, rounding).movedim(1, -1)
+                    assert np.array_equal(pixels.numpy(), expected), "a reward of the user's own may round"
+            sees(shown, "")
+            assert np.array_equal(seen[-1], expected[0])
+            assert (shown.movedim(1, -1) - torch.from_numpy(expected) / 127.5 + 1).abs().max() < 0.3 / 127.5

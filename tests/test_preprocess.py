@@ -1,5 +1,6 @@
 """resize_normalize against Pillow itself, transformers' CLIPProcessor and torch's antialiased bicubic."""
 
+import itertools
 from functools import lru_cache
 
 import numpy as np
@@ -122,6 +123,28 @@ def test_quantised_in_the_images_dtype():
     assert not grid(images.float(), size=8).round().equal(want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rounding", ["down", "nearest"])
+def test_every_level_and_beside_every_half_as_each_library_saves_it(rounding, dtype):
+    """diffusers' own image processor is the oracle of "nearest", DiffSynth's own pipeline that of "down"."""
+    levels = torch.arange(-2, 515, dtype=torch.float64) / 255 - 1  # two to a level
+    beside = [torch.nextafter(levels.to(dtype), torch.tensor(end, dtype=dtype)) for end in (-9, 9)]
+    values = torch.cat([levels.to(dtype), *beside, (levels + 1e-3).to(dtype), (levels - 1e-3).to(dtype)])
+    images = values[torch.arange(3 * 48 * 48) % len(values)].view(1, 3, 48, 48)
+    if rounding == "nearest":
+        processor = pytest.importorskip("diffusers.image_processor").VaeImageProcessor()
+        (picture,) = processor.postprocess(images, output_type="pil")
+    else:
+        pipeline = pytest.importorskip("diffsynth.diffusion.base_pipeline").BasePipeline
+        picture = pipeline.vae_output_to_image(None, images)
+    want = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    got = grid(images, size=48, rounding=rounding, dtype=torch.float32)[0]
+    assert torch.equal(got.round(), want.double()) and len(want.unique()) >= 250
+    small = grid(images, size=24, rounding=rounding, dtype=torch.float32)[0]
+    shrunk = np.array(picture.resize((24, 24), Image.Resampling.BICUBIC))
+    assert np.array_equal(small.round().numpy(), shrunk.transpose(2, 0, 1))
+
+
 def test_not_touched_by_autocast_or_matmul_precision():
     images = pictures(90, 70)
     want = ops.resize_normalize(images, size=32)
@@ -152,8 +175,8 @@ def test_strides_batches_and_dtypes():
 def test_a_broken_picture_does_not_pass_for_a_black_one():
     images = pictures(40, 40)
     images[0, 1, 20, 20] = torch.nan
-    for rule in ("crop", "pad"):
-        got = ops.resize_normalize(images, rule, size=32)
+    for rule, rounding in itertools.product(("crop", "pad"), ("down", "nearest")):
+        got = ops.resize_normalize(images, rule, size=32, rounding=rounding)
         assert got[0].isnan().any() and got[1].isfinite().all()
 
 
@@ -164,6 +187,7 @@ BAD = [
     pytest.param(dict(images=torch.zeros(1, 3, 0, 8)), r"\(n, 3, H, W\)", id="empty"),
     pytest.param(dict(images=torch.zeros(1, 3, 8, 8).byte()), "floating", id="uint8"),
     pytest.param(dict(size=0), "size must be", id="size"),
+    pytest.param(dict(rounding="up"), '"down" or "nearest"', id="rounding"),
     pytest.param(dict(mean=(0.5,)), "three numbers", id="mean"),
     pytest.param(dict(std=(0.5, 0, 0.5)), "std not 0", id="std"),
 ]

@@ -116,13 +116,13 @@ class Forks:
 
 def serve():
     # All that a batch imports, before the forks.
-    from ses_fast import batch, cli, embedded, job, pipelines  # noqa: F401
+    from ses_fast import batch, cli, embedded, job, models, pipelines  # noqa: F401
     from ses_fast.embedded import pipeline  # noqa: F401
 
     torch.set_num_threads(1)
     enable, trained, reward = pipelines.enable, embedded.load_pipeline(), embedded.load_reward()
     pipelines.enable = lambda pipe: pipe if isinstance(pipe, ToyPipeline) else enable(pipe)
-    job.MODELS |= {"embedded": lambda: trained, "toy": ToyPipeline}
+    models.MODELS |= {"embedded": lambda: trained, "toy": ToyPipeline}
     job.load_reward = lambda name, weights: reward if name == "embedded" else redness
     print("ready", flush=True)
     child = 0

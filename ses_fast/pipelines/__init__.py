@@ -5,9 +5,10 @@ from typing import Any
 
 from .config import Preview, SESConfig
 
-__all__ = ["Preview", "SESConfig", "disable", "enable"]
+__all__ = ["Preview", "SESConfig", "disable", "enable", "noise_levels"]
 
-# A library that SES knows -> the module here that adapts it: `FAMILIES`, `family_of`, `enable`, `disable`.
+# A library that SES knows -> the module here that adapts it: `FAMILIES`, `family_of`, `enable`, `disable`,
+# `noise_levels`.
 ADAPTERS = {"DiffSynth-Studio": "diffsynth", "diffusers": "diffusers"}
 
 
@@ -35,6 +36,14 @@ def disable(pipe: Any) -> Any:
     """Makes an enabled pipeline the stock one again, and returns the same object. Raises as `enable` does."""
     _adapter(pipe).disable(pipe)
     return pipe
+
+
+def noise_levels(pipe: Any) -> list[float]:
+    """The noise level of each step of its last image, as `Preview(race=)` names it; [] where its scheduler has none.
+
+    Raises as `enable` does.
+    """
+    return _adapter(pipe).noise_levels(pipe)
 
 
 def _adapter(pipe: Any) -> Any:

@@ -70,8 +70,18 @@ def of_pil(
     picture: "Image",
     device: torch.device | str = "cpu",
 ) -> Tensor:  # [1, 3, H, W] fp32 in [-1, 1]
-    """An image whose `to_pil` is the picture: half a level up, so that truncation gives back its very levels."""
+    """An image whose `to_pil` is the picture; see `of_levels`."""
     import numpy as np
 
     levels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
-    return ((levels.float() + 0.5) / 127.5 - 1).to(device)
+    return of_levels(levels.float()).to(device)
+
+
+def of_levels(
+    levels: Tensor,  # whole numbers 0 ... 255 in fp32
+) -> Tensor:  # in [-1, 1]
+    """An image that is, saved as a picture, at just these levels, whether they are cut to whole numbers or rounded.
+
+    A quarter of a level up: far from where either rule takes another level, more than fp32 and fp16 are off by.
+    """
+    return ((levels + 0.25) / 127.5 - 1).clamp(max=1)

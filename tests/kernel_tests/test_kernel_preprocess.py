@@ -76,6 +76,39 @@ def test_crop_is_pillow_bit_for_bit(height, width, size, centre, dtype):
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE["crop"])
 
 
+def beside_the_halves(dtype: torch.dtype) -> torch.Tensor:
+    """[1, 3, 48, 48]: all 256 levels, the halves between them, and what is just beside both; past both ends too."""
+    levels = torch.arange(-2, 515, dtype=torch.float64) / 255 - 1  # two to a level
+    near = torch.cat(
+        [levels.to(dtype).float(), *(torch.nextafter(levels.float(), torch.tensor(end)) for end in (-9, 9))]
+    )
+    values = torch.cat([near, near + 1e-3, near - 1e-3])
+    return values[torch.arange(3 * 48 * 48) % len(values)].view(1, 3, 48, 48).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ["down", "nearest"])
+def test_every_level_is_the_saved_pictures(rounding, dtype):
+    """No pass: 48 pixels to 48. The oracles are each library's own lines, in its own dtypes."""
+    images = beside_the_halves(dtype)
+    got = kernel(images, size=48, mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32, rounding=rounding) * 255
+    if rounding == "down":
+        want = ((images + 1) * 127.5).clip(0, 255).to(torch.uint8)
+    else:
+        want = torch.from_numpy(((images * 0.5 + 0.5).clamp(0, 1).float().numpy() * 255).round().astype("uint8"))
+    assert len(want.unique()) == 256 or dtype == torch.bfloat16
+    torch.testing.assert_close(got, want.float(), rtol=0, atol=TOLERANCE["grid"])
+
+
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_the_nearest_level(rule):
+    images = pictures(70, 41)
+    settings = dict(size=24, rounding="nearest")
+    got, want = kernel(images, rule, **settings), reference.resize_normalize(images, rule, **settings)
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[rule])
+    assert not torch.allclose(got, kernel(images, rule, size=24), atol=1e-3)
+
+
 def test_the_centres_differ():
     """43 to 24 leaves 19: floor cuts 9 before, half to even 10. The first rows then differ."""
     images = pictures(43, 24)
@@ -120,8 +153,9 @@ def test_the_default_dtype_does_not_matter():
 def test_a_broken_picture_does_not_pass_for_a_black_one(rule):
     images = pictures(40, 40)
     images[0, 1, 20, 20] = torch.nan
-    got = kernel(images, rule, size=32)
-    assert got[0].isnan().any() and got[1].isfinite().all()
+    for rounding in ("down", "nearest"):
+        got = kernel(images, rule, size=32, rounding=rounding)
+        assert got[0].isnan().any() and got[1].isfinite().all()
 
 
 @pytest.mark.parametrize("height, width", [(64, 160), (160, 64)], ids=["columns", "rows"])
@@ -178,7 +212,7 @@ def test_compile_sees_one_operator(monkeypatch):
     images = pictures(20, 30).to(DEVICE)
     got = torch.compile(prepare, fullgraph=True, backend="aot_eager")(images)
     assert got.dtype == torch.float16 and got.equal(prepare(images))
-    given = images, prepare(images).float(), "crop", [0.0] * 3, [1.0] * 3, "floor"
+    given = images, prepare(images).float(), "crop", [0.0] * 3, [1.0] * 3, "floor", "down"
     torch.library.opcheck(
         preprocess.fill_resize_normalize.operator, given, test_utils=("test_schema", "test_faketensor")
     )

@@ -54,3 +54,9 @@ def disable(pipe: Any) -> None:
     from .call import remove
 
     remove(pipe)
+
+
+def noise_levels(pipe: Any) -> list[float]:
+    """See `ses_fast.pipelines.noise_levels`."""
+    sigmas, timesteps = (getattr(pipe.scheduler, name, ()) for name in ("sigmas", "timesteps"))
+    return [float(sigma) for sigma in sigmas[: len(timesteps)]]

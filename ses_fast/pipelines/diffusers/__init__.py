@@ -37,6 +37,13 @@ def disable(pipe: Any) -> None:
         pipe.__class__ = pipe._ses_stock
 
 
+def noise_levels(pipe: Any) -> list[float]:
+    """See `ses_fast.pipelines.noise_levels`."""
+    from . import scheduler
+
+    return scheduler.noise_levels(pipe.scheduler) or []
+
+
 def _compile(denoisers: list[Any], **settings: Any) -> None:
     """The blocks that diffusers says its models repeat. Raises ValueError where it names none."""
     for denoiser in denoisers:

@@ -1,6 +1,7 @@
 """Images of diffusers as a reward takes them: at the 256 levels that the library's own pictures have.
 
-diffusers rounds to 8 bits, and a reward truncates as DiffSynth does: half a level up, both are the same.
+diffusers rounds to 8 bits, and rewards truncate as DiffSynth does. So the rounding is done here, by the library's own
+operations on its own numbers, and what a reward is given is at whole levels whichever way it takes them.
 """
 
 from typing import Any
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...rewards.pil import of_levels
+
 
 def at_levels(
     images: Tensor,  # [..., 3, H, W] in [0, 1], as output_type="pt" gives them
 ) -> Tensor:  # [..., 3, H, W] fp32 in [-1, 1]
-    """Images whose truncation to 8 bits is the picture that diffusers saves."""
-    levels = (images.float() * 255).round()
-    return ((levels + 0.5) / 127.5 - 1).clamp(max=1)
+    """Images whose 8 bits are the picture that diffusers saves, exactly, in whatever dtype it decoded."""
+    return of_levels((images.float() * 255).round())  # as VaeImageProcessor.pt_to_numpy and numpy_to_pil
 
 
 def middle_frame(
