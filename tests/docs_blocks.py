@@ -40,10 +40,10 @@ OPTIONS = {
     "generate": SEARCH,
     "batch": SEARCH,
     "compare": [
-        *("--budgets", "2,3", "--steps", "2", "--methods", "no search,reference,random,ses"),
+        *("--budgets", "2", "--steps", "1", "--methods", "reference,random"),
         *("--workers", "1", "--rounds", "1", "--seeds", "1"),
     ],
-    "calibrate": ["--noises", "3", "--steps", "2"],
+    "calibrate": ["--noises", "2", "--steps", "2"],
     "rewards": [],
     "doctor": [],
 }
@@ -116,7 +116,7 @@ def run_command(words: list[str]) -> None:
 def ses_fast(arguments: list[str]) -> None:
     command, *rest = arguments
     if command in ("compare", "calibrate") and not Path(rest[0]).exists():  # a number of captions, or all
-        rest[0] = "2"
+        rest[0] = {"compare": "2", "calibrate": "1"}[command]
     model = rest[rest.index("--model") + 1].partition(":")[0] if "--model" in rest else "embedded"
     cli.main([command, *rest, *OPTIONS[command], *SMALL.get(model, [])])
 

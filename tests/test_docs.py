@@ -40,13 +40,13 @@ DIFFSYNTH = {
 DIFFUSERS = {"StableDiffusionXLPipeline": "SDXL", "DiffusionPipeline": "SDXL", "FluxPipeline": "FLUX.1"}
 
 
-def loaded(make, dtype, device, models, *words):
+def loaded(make, dtype=torch.bfloat16, device="cuda", model_configs=(), *words):
     """In place of DiffSynth's from_pretrained, which is given the files of models and of tokenizers."""
     from diffsynth.core.loader.config import ModelConfig
 
     assert dtype in (torch.float16, torch.bfloat16) and device == "cuda"
-    assert all(isinstance(each, ModelConfig) and each.model_id for each in (*models, *words))
-    assert all(each.origin_file_pattern.endswith(".safetensors") for each in models)
+    assert all(isinstance(each, ModelConfig) and each.model_id for each in (*model_configs, *words))
+    assert all(each.origin_file_pattern.endswith(".safetensors") for each in model_configs)
     assert all(each.origin_file_pattern.startswith("tokenizer") for each in words)
     return make()
 
@@ -72,6 +72,7 @@ def small(monkeypatch, tmp_path, server):  # noqa: F811
         monkeypatch.setattr(
             getattr(diffusers, name), "from_pretrained", lambda *_, kind=kind, **__: tiny_diffusers.make(kind).pipe
         )
+    monkeypatch.setattr("ses_fast.embedded.pipeline.SIZE", 128)
     stock = rewards.load_reward
 
     def load_reward(name, weights=None, device=None, dtype=None):
