@@ -43,8 +43,8 @@ def as_markdown(text: str) -> str:
             parts.append(paragraph)
             continue
         before, items = lines[:first], "\n".join(lines[first:])
-        # The items end where a line is neither one nor a further line of one.
-        items = re.sub(r"^(?! )(?!.*: )", "\n", items, flags=re.MULTILINE)
+        # The items end where a line begins a sentence: names, and further lines of an item, begin small.
+        items = re.sub(r"^(?=[A-Z])", "\n", items, flags=re.MULTILINE)
         items = ITEM.sub(lambda match: f"- `{match['names']}`: {match['text']}", items)
         parts += ["\n".join(before), items] if before else [items]
     return "\n\n".join(parts)
