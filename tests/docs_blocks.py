@@ -35,7 +35,11 @@ SHORTER = [  # what a block shows -> what is run
     (r'\.to\("cuda"\)', ""),
 ]
 SEARCH = ["--budget", "3", "--steps", "2", "--preview-steps", "2"]
-SMALL = {"z-image-turbo": ["--height", "64", "--width", "64"], "diffusers": ["--height", "32", "--width", "32"]}
+SMALL = {
+    "z-image-turbo": ["--height", "64", "--width", "64"],
+    "diffsynth": ["--height", "64", "--width", "64"],
+    "diffusers": ["--height", "32", "--width", "32"],
+}
 OPTIONS = {
     "generate": SEARCH,
     "batch": SEARCH,
@@ -141,6 +145,13 @@ def python(arguments: list[str]) -> None:
         assert (ROOT / arguments[0]).is_file(), arguments
 
 
+def torchrun(arguments: list[str]) -> None:
+    """The module's command in this process alone: its own tests start several."""
+    module = arguments.index("-m") + 1
+    assert arguments[module] == "ses_fast", arguments
+    ses_fast(arguments[module + 1 :])
+
+
 def pytest(arguments: list[str]) -> None:
     paths = [each for each in arguments if each.startswith(("tests", "bench"))]
     assert all((ROOT / path).exists() for path in paths), arguments
@@ -155,6 +166,7 @@ RUNNERS: dict[str, Callable[[list[str]], None]] = {
     "pip": pip,
     "make": make,
     "python": python,
+    "torchrun": torchrun,
     "pytest": pytest,
     "gpu.sh": script,
     "git": lambda arguments: None,

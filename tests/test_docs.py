@@ -112,8 +112,9 @@ def test_a_block_that_is_wrong_fails(small):
     for command in ("make dema", 'pip install ".[diffsinth]"', "python -m bench.nothing", "pytest tests/none.py"):
         with pytest.raises(AssertionError):
             run_command(next(commands(command)))
-    with pytest.raises(SystemExit):
-        run_command(["ses-fast", "generate", "a cat", "--bugdet", "3"])
+    for launcher in ("ses-fast", "torchrun --nproc-per-node=2 -m ses_fast"):
+        with pytest.raises(SystemExit):
+            run_command([*launcher.split(), "generate", "a cat", "--bugdet", "3"])
 
 
 def test_json_on_a_page_is_json():
