@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shlex
+import string
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ SHORTER = [  # what a block shows -> what is run
     (r"(ses_eval_budget|total_eval_budget)=\d+", r"\1=3"),
     (r"(ses_inference_steps)=\d+", r"\1=2"),
     (r"num_inference_steps=\d+", "num_inference_steps=2"),
-    (r'"num_inference_steps": \d+', '"num_inference_steps": 2'),
+    (r'"(num_inference_steps|ses_inference_steps)": \d+', r'"\1": 2'),
+    (r'"ses_eval_budget": \d+', '"ses_eval_budget": 3'),
     (r'"(height|width)": 1024', r'"\1": 64'),
     (r"(height|width)=1024", r"\1=64"),
     (r"time_limit=\d+", "time_limit=1"),
@@ -101,10 +103,12 @@ class Shell:
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The words of each command, without comments and without variables that are set before it."""
+    """The words of each command, without comments; variables that are set before it, or in lines before, are put in."""
+    known: dict[str, str] = {}
     for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = [string.Template(word).safe_substitute(known) for word in shlex.split(line, comments=True)]
+        while words and (match := re.fullmatch(r"([A-Za-z_]+)=(.*)", words[0])):
+            known[match[1]] = match[2]
             del words[0]
         if words:
             yield words
@@ -129,7 +133,7 @@ def pip(arguments: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert arguments[0] == "install", arguments
     for argument in arguments[1:]:
-        if match := re.fullmatch(r"\.(?:\[(.+)\])?", argument):
+        if match := re.fullmatch(r"(?:\.|ses-fast)(?:\[(.+)\])?", argument):
             assert set((match[1] or "all").split(",")) <= set(extras), argument
 
 

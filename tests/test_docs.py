@@ -39,8 +39,9 @@ DIFFSYNTH = {
 DIFFUSERS = {"StableDiffusionXLPipeline": "SDXL", "DiffusionPipeline": "SDXL", "FluxPipeline": "FLUX.1"}
 
 
-def loaded(make, dtype=torch.bfloat16, device="cuda", model_configs=(), *words):
+def loaded(make, dtype=torch.bfloat16, device="cuda", model_configs=(), *words, **named):
     """In place of DiffSynth's from_pretrained, which is given the files of models and of tokenizers."""
+    words = (*words, *named.values())
     from diffsynth.core.loader.config import ModelConfig
 
     assert dtype in (torch.float16, torch.bfloat16) and device == "cuda"
@@ -115,6 +116,19 @@ def test_a_block_that_is_wrong_fails(small):
     for launcher in ("ses-fast", "torchrun --nproc-per-node=2 -m ses_fast"):
         with pytest.raises(SystemExit):
             run_command([*launcher.split(), "generate", "a cat", "--bugdet", "3"])
+
+
+def test_variables_of_a_block_are_put_in():
+    code = """
+    # a comment
+    id=some/model
+    files=$id:a,b
+    GPU=1 ses-fast generate "a cat" --model x:$files \\
+        --out ${id}/out  # another
+    """
+    assert list(commands(code)) == [
+        ["ses-fast", "generate", "a cat", "--model", "x:some/model:a,b", "--out", "some/model/out"]
+    ]
 
 
 def test_json_on_a_page_is_json():
