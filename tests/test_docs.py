@@ -20,6 +20,7 @@ import tiny_diffusers
 import torch
 from docs_blocks import PAGES, PROMPTS, ROOT, Block, Shell, blocks, commands, run_command
 from docs_tables import GUIDES, TABLES, renewed
+from test_page import browser  # noqa: F401  a fixture
 from test_vlm_reward import server  # noqa: F401  a fixture
 from tiny import brightness
 
@@ -259,6 +260,25 @@ def test_the_site_builds_without_a_warning(site):
         text = page.read_text()
         assert "<!-- bench" not in re.sub(r"<!-- /?bench(:\w+)? -->", "", text)
         assert not re.findall(r'(?:src|href)="https?://(?:fonts|cdn|unpkg)', text), page  # it asks no other server
+
+
+# As the title: how far a page is wider than its window, and how many pictures did not load.
+SEEN = """<script>addEventListener("load", () => {
+const broken = [...document.images].filter(image => !image.naturalWidth).length;
+document.title = [document.documentElement.scrollWidth - innerWidth, broken, innerWidth];
+})</script></body>"""
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_a_browser_shows_pages_whole(browser, site, width):  # noqa: F811
+    """The start page, a guide with wide tables, and one of results: nothing but a table or code is scrolled."""
+    for page in ("start", "guides/diffsynth", "results/speed"):
+        seen = site / page / "seen.html"
+        seen.write_text((site / page / "index.html").read_text().replace("</body>", SEEN))
+        command = [*browser, f"--window-size={width},900", "--dump-dom", seen.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert re.search(r"<title>([^<]*)</title>", done.stdout)[1] == f"0,0,{width}", f"{page}: {done.stderr}"
+        seen.unlink()
 
 
 def test_docstrings_become_lists():
