@@ -6,7 +6,7 @@ READY := .venv/.ready
 RUN := .venv/bin
 PIP := $(RUN)/python -m pip install --quiet --no-input
 
-.PHONY: demo test test-slow lint bench bench-compare bench-embedded readme-tables
+.PHONY: demo test test-slow lint bench bench-compare bench-embedded readme-tables docs docs-serve drawings
 
 demo: $(READY)
 	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 1 --out out/
@@ -39,9 +39,21 @@ bench-compare: $(READY)
 
 readme-tables: $(READY)
 	$(RUN)/python -m bench.readme_tables
+	PYTHONPATH=. $(RUN)/python tests/docs_tables.py
 
 bench-embedded: $(READY)
 	$(RUN)/python -m bench.embedded
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --quiet
+	@echo site/index.html
+
+docs-serve: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs serve
+
+# The drawings of docs/how, anew.
+drawings: $(READY)
+	$(RUN)/python docs/drawings.py
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear .venv

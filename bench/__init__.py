@@ -11,7 +11,7 @@ environment: what a result was measured on; the clock.
 families: the image families at their published sizes, as data.
 floor: the least time a search can take on a device, counted on the real modules.
 ops: runs test_bench_ops (every op) and test_bench_rewards (images a second), and keeps their figures.
-readme_tables: the READMEs' tables, made of bench/results.
+readme_tables: the tables of README and site, made of bench/results; reference_tables: those made of the code.
 sheet: what the embedded model draws, on one sheet.
 table: Markdown tables, and those of ops and rewards.
 gpu.sh: all that a GPU machine can measure, in ten minutes.

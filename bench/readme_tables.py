@@ -1,21 +1,26 @@
-"""The tables of the READMEs, made of bench/results: `python -m bench.readme_tables [--check]`.
+"""The tables of the READMEs and of the site: `python -m bench.readme_tables [--check]`.
 
-What stands between `<!-- bench:NAME -->` and `<!-- /bench -->` is made anew, for each line of SECTIONS.
+What stands between `<!-- bench:NAME -->` and `<!-- /bench -->` is made anew, for each line of SECTIONS. Figures come
+from bench/results, and where there is no file the section says that it is not measured.
 """
 
 import argparse
 import json
+import posixpath
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, embedded
+from bench import cpu, embedded, floor, reference_tables
 from bench.collect import stored
 from bench.end_to_end import MODELS, ROWS
 from bench.ops import RESULTS, result_path
 from bench.table import lines_of
+from ses_fast import tables
+from ses_fast.methods import NOTHING as UNSEARCHED
+from ses_fast.methods import RANDOM, REFERENCE, SES
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("model", "search", "batch", "measured on", "documented flow, s", "ses_fast, s", "x faster", "at most x")
@@ -25,6 +30,16 @@ NOTES = (
     "The reward's own preprocessing counts as reward, not as overhead."
 )
 NOTHING = "Not measured yet.\n"
+PLOT = "docs/compare.png"  # of the last comparison
+FACTS = ("device", "date", "commit")
+# What a file of bench/results is called after -> what it holds.
+KINDS = {
+    "bench": "operators, and whole searches beside the documented flow",
+    "embedded": "the embedded model: what a noise alone is worth, and a search",
+    "compare": "methods at equal cost (`ses-fast compare`)",
+    "calibrate": "previews against full quality (`ses-fast calibrate`)",
+    "floor": "the least times: counted, not measured",
+}
 Results = list[dict[str, Any]]
 
 
@@ -105,12 +120,6 @@ def measured(results: Results) -> dict[str, Any] | None:
     return max(results, key=lambda each: each["environment"]["date"], default=None)
 
 
-def gains(results: Results) -> str:
-    """The table of searches."""
-    figures = measured([each for each in results if "search" in each])
-    return embedded.search_table(figures) + "\n" if figures else NOTHING
-
-
 def gains_and_headroom(results: Results) -> str:
     """Both tables, and what they were measured on."""
     figures = measured(results)
@@ -124,16 +133,127 @@ def gains_and_headroom(results: Results) -> str:
     return f"{head}\n\n{embedded.to_markdown(figures)}\n"
 
 
-def runs_of_embedded() -> Results:
-    """Every file that bench.embedded wrote to bench/results."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-embedded.json"))]
+def equal_cost(comparisons: Results) -> str:
+    """Few methods of the last comparison, on the prompts to report on; the whole is on the site."""
+    figures = last_comparison(comparisons)
+    if figures is None:
+        return NOTHING
+    columns = ("reward", "noise found by", "seconds", "reward of the image", "beside random", "time to its reward")
+    rows, settings = [], figures["settings"]
+    names = dict.fromkeys((UNSEARCHED.name, REFERENCE.name, RANDOM.name, SES.name, figures["chosen"]))
+    for task, halves in figures["tasks"].items():
+        methods, target = halves["odd"]["methods"], settings["budgets"].index(figures["target"])
+        for name in (name for name in names if name in methods):
+            row = methods[name]["budgets"][target]
+            share = methods[name].get("share of the reference's time")
+            cells = ["" if row.get("seconds") is None else f"{row['seconds']:.1f}", interval(row["reward"])]
+            cells.append(beside(row.get(f"reward to {RANDOM.name}")))
+            cells.append("" if not share or share[0] is None else f"{share[0]:.2f} of `ses_search`'s")
+            rows.append([task, "`ses_search`" if name == REFERENCE.name else name, *cells])
+    about = settings["about"]
+    words = (
+        f"{figures['target']} evaluations, {about.get('steps', '?')} steps, model {about['model']}, "
+        f"{len(settings['prompts'])} prompts of which half are reported on; [..] holds the truth with 95 %."
+    )
+    return "\n".join([*lines_of(columns, rows), "", words, "", f"![reward over time]({PLOT})"]) + "\n"
 
 
-# The file, the name in its marks, what is written there, of which results.
-SECTIONS: list[tuple[str, str, Callable[[Results], str], Callable[[], Results]]] = [
-    ("README.md", "performance", performance, stored),
-    ("README.md", "operators", operators, stored),
-    ("README.md", "embedded", gains, runs_of_embedded),
+def interval(figures: Sequence[float | None], signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return "{} [{}, {}]".format(*("..." if each is None else format(each, f"{sign}.2f") for each in figures))
+
+
+def beside(apart: Sequence[float] | None) -> str:
+    """The difference, and whether it is one."""
+    if apart is None:
+        return ""
+    none = apart[1] is not None and apart[2] is not None and apart[1] <= 0 <= apart[2]
+    return interval(apart, signed=True) + (": as good" if none else "")
+
+
+def whole_comparison(comparisons: Results) -> str:
+    """The report of the last comparison."""
+    figures = last_comparison(comparisons)
+    return NOTHING if figures is None else demoted(tables.markdown(figures)) + "\n"
+
+
+def last_comparison(comparisons: Results) -> dict[str, Any] | None:
+    return comparisons[-1] if comparisons else None
+
+
+def reports(texts: Sequence[str]) -> str:
+    """Reports of `ses-fast calibrate`, as it wrote them."""
+    return "\n\n".join(demoted(text.strip()) for text in texts) + "\n" if texts else NOTHING
+
+
+def demoted(markdown: str) -> str:
+    """With its headings one level lower."""
+    return re.sub(r"^#", "##", markdown, flags=re.MULTILINE)
+
+
+def floors(results: Results) -> str:
+    """The least times, of each device that they were counted for."""
+    parts = []
+    for result in results:
+        rates = floor.Rates(**result["rates"])
+        works = {
+            name: {stage: floor.Work(**work) for stage, work in stages.items()}
+            for name, stages in result["families"].items()
+        }
+        head = f"{result['device'].upper()}: {rates.matrix / 1e12:.4g} TFLOP/s and {rates.memory / 1e12:.4g} TB/s."
+        parts.append(f"{head}\n\n{floor.table(works, rates, result['batch'], 50)}")
+    return "\n\n".join(parts) + "\n" if parts else NOTHING
+
+
+def inventory(files: Mapping[str, dict[str, Any] | None]) -> str:
+    """What was measured, and what never was. files: name -> its JSON, None of a report."""
+    rows, known = [], set()
+    for name, content in files.items():
+        kind = next((each for each in KINDS if f"-{each}." in name), None)
+        if kind is None or (content is None and kind != "calibrate"):  # the report beside a JSON file
+            continue
+        known.add(kind)
+        about = (content or {}).get("environment") or (content or {}).get("settings", {}).get("machine", {})
+        facts = ["" if kind == "floor" and fact == "device" else str(about.get(fact) or "") for fact in FACTS]
+        rows.append([f"[{name}](bench/results/{name})", KINDS[kind], *facts])
+        known |= {"gpu"} if "NVIDIA" in facts[0] else set()
+    missing = [words for kind, words in KINDS.items() if kind not in known]
+    missing += [] if "gpu" in known else ["anything on a GPU"]
+    table = lines_of(("file", "what", "measured on", "date", "commit"), rows)
+    return "\n".join([*table, "", f"Never measured: {'; '.join(missing) or 'nothing of these'}."]) + "\n"
+
+
+def every_file() -> dict[str, dict[str, Any] | None]:
+    """Every file of bench/results by its name."""
+    paths = sorted(RESULTS.iterdir())
+    return {path.name: json.loads(path.read_text()) if path.suffix == ".json" else None for path in paths}
+
+
+def json_of(pattern: str) -> Callable[[], Results]:
+    """Every file of bench/results with such a name, by their names."""
+    return lambda: [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def texts_of(pattern: str) -> Callable[[], list[str]]:
+    return lambda: [path.read_text() for path in sorted(RESULTS.glob(pattern))]
+
+
+comparisons = json_of("*-compare.json")  # compare.json of `ses-fast compare`, committed as <device>-<date>-compare.json
+runs_of_embedded = json_of("*-embedded.json")
+
+# The file, the name in its marks, what is written there, of what.
+SECTIONS: list[tuple[str, str, Callable[[Any], str], Callable[[], Any]]] = [
+    ("README.md", "gains", equal_cost, comparisons),
+    ("docs/results/comparison.md", "comparison", whole_comparison, comparisons),
+    ("docs/results/comparison.md", "embedded", gains_and_headroom, runs_of_embedded),
+    ("docs/results/calibration.md", "calibration", reports, texts_of("*-calibrate.md")),
+    ("docs/results/speed.md", "performance", performance, stored),
+    ("docs/results/speed.md", "operators", operators, stored),
+    ("docs/results/floors.md", "floors", floors, json_of("*-floor.json")),
+    ("docs/how/strategies.md", "strategies", reference_tables.strategies, reference_tables.known_strategies),
+    ("docs/how/kernels.md", "kernels", reference_tables.kernels, reference_tables.kernel_files),
+    ("docs/results/index.md", "inventory", inventory, every_file),
+    ("docs/reference/command.md", "command", reference_tables.commands, reference_tables.parsers),
     ("ses_fast/embedded/README.md", "embedded", gains_and_headroom, runs_of_embedded),
 ]
 
@@ -148,12 +268,21 @@ def written(text: str, name: str, section: str) -> str:
 
 
 def renewed(root: Path = ROOT) -> dict[Path, str]:
-    """Every file of SECTIONS as it should be."""
+    """Every file of SECTIONS as it should be. Links, which sections give from the repository's root, lead from it."""
     texts: dict[Path, str] = {}
-    for file, name, make, results in SECTIONS:
+    for file, name, make, source in SECTIONS:
         path = root / file
-        texts[path] = written(texts.get(path) or path.read_text(), name, make(results()))
+        here = posixpath.relpath(".", posixpath.dirname(file) or ".")
+        section = re.sub(r"\]\((?=bench/results/|docs/)", f"]({'' if here == '.' else here + '/'}", make(source()))
+        texts[path] = written(texts.get(path) or path.read_text(), name, section)
     return texts
+
+
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """The plot of a comparison."""
+    from ses_fast.report import draw_comparison
+
+    draw_comparison(tables.plotted(figures), path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"out of date: {names}; run `make readme-tables`" if old else 0)
     for path, text in old.items():
         path.write_text(text)
+    if (figures := last_comparison(comparisons())) is not None:
+        draw(figures, ROOT / PLOT)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ from test_hps import checkpoint, img_score  # noqa: F401  fixtures
 from test_rewards import make_images
 
 import ses_fast
-from bench import collect, compare, cpu, end_to_end, floor, readme_tables
+from bench import collect, compare, cpu, end_to_end, floor, readme_tables, reference_tables
 from bench import ops as op_benches
 from bench.baseline import Flow, HPSScore
 from bench.clip import check_scores
 from bench.environment import environment
 from bench.floor import Rates, Work
 from bench.ops import result_path
-from ses_fast import embedded
+from ses_fast import embedded, tables
 from ses_fast.rewards.hps import HPSReward
+from ses_fast.strategies import Strategy
 
 PROMPT = "two red squares left of three blue rings"
 SMALL = {"num_inference_steps": 1, "height": 128, "width": 128}  # half the size that the model draws by itself
@@ -320,11 +321,8 @@ def test_the_embedded_models_measures_by_hand():
     assert gain == pytest.approx(0.5 / np.std(scores, ddof=1))
 
 
-def test_the_readmes_gains():
+def test_the_embedded_models_figures():
     old = FIGURES | {"environment": ABOUT | {"date": "2025-01-01"}, "seconds": 1.0}
-    assert "| SES | 40.500 | 0.890 |" in readme_tables.gains([FIGURES, old])
-    assert "one noise right" not in readme_tables.gains([FIGURES])
-    assert readme_tables.gains([{key: FIGURES[key] for key in ("environment", "headroom")}]) == readme_tables.NOTHING
     text = readme_tables.gains_and_headroom([FIGURES, old])
     for part in (
         "Some CPU, 2026-01-01, commit abc; 200 captions, 1018 seconds",
@@ -332,6 +330,101 @@ def test_the_readmes_gains():
         "| SES |",
     ):
         assert part in text
+
+
+@pytest.fixture
+def compared():
+    """A comparison of two prompts, one in each half, where ses finds better ones than random, and mix does not."""
+    found = {"reference": 1.0, "random": 1.5, "ses": 2.0, "mix": 1.5}
+    settings = {"budgets": [10, 50], "methods": list(found), "tasks": ["clip"], "seeds": 1, "prompts": ["a", "b"]}
+    settings |= {"about": {"model": "m", "steps": 8}, "machine": {"device": "Some CPU", "rounds": 1, "threads": 1}}
+    scores = [
+        {"prompt": i, "task": "clip", "methods": {name: {"reward": [[0.5, value]]} for name, value in found.items()}}
+        for i in (0, 1)
+    ]
+    cost = {"previews": 80, "finals": 8, "denoise": 1.0}
+    times = [
+        {"round": 0, "task": "clip", "method": name, "costs": [cost | {"seconds": 2.0}, cost | {"seconds": seconds}]}
+        for name, seconds in {"reference": 20.0, "random": 5.0, "ses": 5.0, "mix": 4.0}.items()
+    ]
+    return tables.summarise(settings, scores, times)
+
+
+def test_the_readmes_gains(compared):
+    text = readme_tables.equal_cost([compared])
+    assert "| clip | `ses_search` | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of `ses_search`'s |" in text
+    assert "| clip | ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of" in text
+    assert "| clip | random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of" in text
+    assert "50 evaluations, 8 steps, model m, 2 prompts" in text and readme_tables.PLOT in text
+    assert readme_tables.equal_cost([]) == readme_tables.whole_comparison([]) == readme_tables.NOTHING
+    whole = readme_tables.whole_comparison([compared])
+    assert "## Methods at equal cost" in whole and "### Task clip, odd prompts" in whole and "\n# " not in whole
+
+
+def test_the_mark_of_what_random_does_as_well():
+    assert readme_tables.beside([0.1, -0.2, 0.4]) == "+0.10 [-0.20, +0.40]: as good"
+    assert "as good" not in readme_tables.beside([0.3, 0.1, 0.4]) + readme_tables.beside([-0.3, -0.4, -0.1])
+
+
+def test_the_inventory_says_what_was_never_measured(compared):
+    about = {"environment": ABOUT}
+    text = readme_tables.inventory(
+        {"some-cpu-1-bench.json": about, "some-cpu-1-bench.md": None, "h100-floor.json": about}
+    )
+    assert text.count("some-cpu-1-bench") == 2 and "| Some CPU | 2026-01-01 | abc |" in text
+    floor_row = next(line for line in text.splitlines() if "h100-floor" in line)
+    assert "Some CPU" not in floor_row
+    missing = text.splitlines()[-1]
+    assert (
+        "`ses-fast compare`" in missing
+        and "calibrate" in missing
+        and "on a GPU" in missing
+        and "operators" not in missing
+    )
+    gpu = about | {"environment": ABOUT | {"device": "NVIDIA H100"}}
+    more = readme_tables.inventory({"h100-2-bench.json": gpu, "a-compare.json": compared, "a-calibrate.md": None})
+    assert "on a GPU" not in more and "compare`" not in more.splitlines()[-1] and "| Some CPU |" in more
+
+
+def test_reports_and_floors():
+    assert readme_tables.reports(["# A\n\ntext\n"]) == "## A\n\ntext\n" and "Not measured" in readme_tables.reports([])
+    assert readme_tables.floors([]) == readme_tables.NOTHING
+    work = vars(Work(790e9, 0, 0, 0))
+    result = {"device": "h100", "rates": vars(floor.RATES["h100"]), "batch": 1}
+    result["families"] = {"some-model": {stage: work for stage in floor.STAGES}}
+    text = readme_tables.floors([result])
+    assert "H100: 790 TFLOP/s and 3 TB/s" in text and "| some-model | 1 | 1 | 1 | 1000 | 1000 | 0% | 0.25 |" in text
+
+
+def test_the_reference_tables():
+    def draw(g):
+        """x' = |m| n (arXiv 2602.03208)."""
+
+    known = {"one": Strategy(draw, "whole")}
+    assert reference_tables.strategies(known).splitlines()[2] == (
+        "| `one` | the whole noise | x' = ‖m‖ n ([arXiv 2602.03208](https://arxiv.org/abs/2602.03208)). |"
+    )
+    text = reference_tables.commands(reference_tables.parsers())
+    assert "## ses-fast generate" in text and "| `--seed` | `0` |" in text and "| `prompt` |  |" in text
+    moved = reference_tables.kernels({"a.py": "Adds: fast.\n\nMore. Bytes: the image\nonce."})
+    assert moved.splitlines()[2] == "| `a.py` | Adds. | the image once. |"
+    assert {"haar.py", "population.py", "elites.py", "preprocess.py"} <= set(reference_tables.kernel_files())
+
+
+def test_the_plot_is_drawn_of_a_comparison(compared, tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(readme_tables, "renewed", dict)
+    monkeypatch.setattr(readme_tables, "comparisons", lambda: [])
+    readme_tables.main([])
+    assert not (tmp_path / readme_tables.PLOT).exists()
+    monkeypatch.setattr(readme_tables, "comparisons", lambda: [compared])
+    readme_tables.main([])
+    assert (tmp_path / readme_tables.PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_is_there_where_a_comparison_is():
+    assert not readme_tables.comparisons() or (readme_tables.ROOT / readme_tables.PLOT).exists()
 
 
 def test_the_readmes_are_up_to_date():

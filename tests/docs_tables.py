@@ -1,21 +1,27 @@
-"""What the README says of DiffSynth's pipelines: its table, which this file prints where it is run, and its example."""
+"""The tables of docs/guides that are made of the pipelines themselves; `make readme-tables` writes them there."""
 
 import importlib
 import inspect
 import pkgutil
-import re
 from pathlib import Path
 
-import torch
-from tiny import brightness
-from tiny_any import KINDS, make
+import tiny_any
+import tiny_diffusers
 
+from bench.readme_tables import written
+from bench.table import lines_of
 from ses_fast.pipelines.diffsynth import FAMILIES, family_of
 from ses_fast.pipelines.diffsynth.any import AnyImage
 from ses_fast.pipelines.diffsynth.unit import PER_CALL_LORAS
+from ses_fast.pipelines.diffusers.family import FAMILIES as DIFFUSERS
+from ses_fast.pipelines.diffusers.family import denoisers_of
 
-README = Path(__file__).parents[1] / "README.md"
-HEAD = ("DiffSynth's class", "previews", "race", "half size", "compiled", "searched in", "refused by name", "tests")
+GUIDES = Path(__file__).parents[1] / "docs" / "guides"
+OF_DIFFSYNTH = (
+    *("DiffSynth's class", "previews", "race", "half size"),
+    *("compiled", "searched in", "refused by name", "tests"),
+)
+OF_DIFFUSERS = ("diffusers' class", "previews", "race", "half size", "`Preview(cfg=False)` sets", "`compile=True`")
 LATENT = {"FluxImagePipeline": 8, "Flux2ImagePipeline": 16, "QwenImagePipeline": 8, "ZImagePipeline": 8}
 SPECIAL = {
     "Ideogram4Pipeline": "without its own text encoder, which wants a later transformers",
@@ -41,10 +47,10 @@ def image_pipelines() -> dict[str, type]:
 
 def sides() -> dict[str, int]:
     """The classes without a family of their own that tests search -> a latent's side in pixels."""
-    return {type(make(kind)).__name__: KINDS[kind].noise[1] for kind in KINDS}
+    return {type(tiny_any.make(kind)).__name__: tiny_any.KINDS[kind].noise[1] for kind in tiny_any.KINDS}
 
 
-def rows() -> list[tuple[str, ...]]:
+def diffsynth_classes() -> list[list[str]]:
     others, table = sides(), []
     for name, cls in sorted(image_pipelines().items(), key=lambda each: (each[0] not in FAMILIES, each[0])):
         pipe = cls(device="cpu")
@@ -55,7 +61,7 @@ def rows() -> list[tuple[str, ...]]:
         if set(PER_CALL_LORAS) & inspect.signature(cls.__call__).parameters.keys():
             refused.append("a LoRA of the call that is not hot-loaded")
         table.append(
-            (
+            [
                 f"`{name}`",
                 "one by one" if alone else "together",
                 "no" if alone else "yes",
@@ -64,39 +70,41 @@ def rows() -> list[tuple[str, ...]]:
                 "pixels" if side == 1 else f"latents of {side}x{side} pixels",
                 ", ".join((["a race"] if alone else []) + refused) or "-",
                 SPECIAL.get(name, "small random weights"),
-            )
+            ]
         )
     return table
 
 
-def lines() -> list[str]:
-    bar = ["---"] * len(HEAD)
-    return [f"| {' | '.join(row)} |" for row in (HEAD, bar, *rows())]
+def diffusers_classes() -> list[list[str]]:
+    pipes = {type(pipe).__name__: pipe for pipe in (tiny_diffusers.make(name).pipe for name in tiny_diffusers.MAKE)}
+    rows = []
+    for name, family in sorted(DIFFUSERS.items()):
+        refused = ", ".join(f"`{argument}`" for argument in family.counts_steps)
+        compiled = all(getattr(denoiser, "_repeated_blocks", None) for denoiser in denoisers_of(pipes[name]))
+        rows.append(
+            [
+                f"`{name}`",
+                "together" if family.together else "one by one",
+                f"not with {refused}" if refused else "yes",
+                "yes",
+                f"`{family.guidance}={family.unguided}`",
+                "yes" if compiled else "no",
+            ]
+        )
+    return rows
 
 
-def test_the_readme_has_a_row_for_every_image_pipeline_of_the_installed_diffsynth():
-    assert "\n".join(lines()) in README.read_text(), "run this file, and put what it prints into README.md"
+TABLES = {
+    "diffsynth.md": lambda: lines_of(OF_DIFFSYNTH, diffsynth_classes()),
+    "diffusers.md": lambda: lines_of(OF_DIFFUSERS, diffusers_classes()),
+}
 
 
-def test_the_example_runs_as_it_is_shown(monkeypatch, tmp_path):
-    """With small weights in place of SDXL's, a smaller image and fewer previews."""
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    example = next(code for code in examples if "diffsynth.pipelines.stable_diffusion_xl" in code)
-    for shown, small in (("1024", "64"), ("30", "3"), ("50", "3"), ("10)", "2)")):
-        assert shown in example
-        example = example.replace(shown, small)
-    cls = importlib.import_module("diffsynth.pipelines.stable_diffusion_xl").StableDiffusionXLPipeline
-    asked = []
-    monkeypatch.setattr(cls, "from_pretrained", lambda *parts: asked.append(parts) or make("stable_diffusion_xl"))
-    monkeypatch.setattr("ses_fast.rewards.load_reward", lambda *names, **options: brightness)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), names := {})
-    dtype, device, weights, *tokenizers = asked[0]
-    assert (dtype, device) == (torch.float16, "cuda") and len(weights) == 4
-    assert [config.origin_file_pattern for config in tokenizers] == ["tokenizer/", "tokenizer_2/"]
-    assert {config.model_id for config in (*weights, *tokenizers)} == {"stabilityai/stable-diffusion-xl-base-1.0"}
-    assert names["pipe"].ses_result.evaluations == 3 and Path("fox.png").exists()
+def renewed(name: str) -> str:
+    """The guide as it should be."""
+    return written((GUIDES / name).read_text(), "classes", "\n".join(TABLES[name]()) + "\n")
 
 
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    for guide in TABLES:
+        (GUIDES / guide).write_text(renewed(guide))
