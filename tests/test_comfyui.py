@@ -117,13 +117,14 @@ def stand_ins() -> World:
 
 def comfyui() -> World:
     """SD 1.5's UNet with few channels, TAESD, the Euler sampler: random weights, ComfyUI's code."""
-    custom = pytest.importorskip("comfy_extras.nodes_custom_sampler", reason="no checkout of ComfyUI on the path")
+    pytest.importorskip("comfy.cli_args", reason="no checkout of ComfyUI on the path").args.cpu = True
     import comfy.model_base
     import comfy.model_patcher
     import comfy.samplers
     import comfy.sd
     import comfy.supported_models
     from comfy.taesd.taesd import TAESD
+    from comfy_extras import nodes_custom_sampler as custom
 
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -135,9 +136,14 @@ def comfyui() -> World:
         config = comfy.supported_models.SD15(unet)
         config.set_inference_dtype(torch.float32, None)
         model = comfy.model_base.BaseModel(config, device=torch.device("cpu")).eval()
-        for weight in model.diffusion_model.parameters():  # the blocks' last layers are zero when they are made
-            weight.data = torch.randn(weight.shape) * max(1, weight[0].numel()) ** -0.5
-        vae = comfy.sd.VAE(sd=TAESD(latent_channels=4).state_dict(), device=torch.device("cpu"))
+        autoencoder = TAESD(latent_channels=4)
+        for part in (model.diffusion_model, autoencoder):  # ComfyUI's layers are made without values
+            for name, weight in part.named_parameters():
+                if weight.ndim > 1:
+                    weight.data = torch.randn(weight.shape) * weight[0].numel() ** -0.5
+                elif weight.ndim == 1:
+                    weight.data = torch.full(weight.shape, float(name.endswith("weight")))
+        vae = comfy.sd.VAE(sd=autoencoder.state_dict(), device=torch.device("cpu"))
     cpu = torch.device("cpu")
     guider = comfy.samplers.CFGGuider(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
     guider.set_conds([[torch.randn(1, 8, 16), {}]], [[torch.randn(1, 8, 16), {}]])
