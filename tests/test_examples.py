@@ -1,13 +1,18 @@
 """The files of examples/, run as they are shown: with small models standing in, smaller images and fewer previews."""
 
+import base64
 import importlib
+import io
 import re
 from pathlib import Path
 
 import diffusers
+import nbformat
 import pytest
 import tiny_diffusers
 import torch
+from nbclient import NotebookClient
+from PIL import Image
 from tiny import MAKE, brightness
 from tiny_any import make as make_any
 
@@ -112,3 +117,29 @@ def test_the_script_of_diffusers_runs(monkeypatch, tmp_path, capsys):
     names = run("diffusers_sdxl", code, monkeypatch, tmp_path)
     assert asked == [("stabilityai/stable-diffusion-xl-base-1.0", {"torch_dtype": torch.float16, "variant": "fp16"})]
     assert names["pipe"].ses_result.evaluations == 3 and "with it" in capsys.readouterr().out
+
+
+def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
+    """In a kernel of its own, with fewer previews and steps."""
+    notebook = nbformat.read(EXAMPLES / "embedded.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells), "clear the outputs before a commit"
+    changes = {"ses_eval_budget=50": "ses_eval_budget=4", '"ses_eval_budget": 20': '"ses_eval_budget": 3'}
+    changes |= {
+        "ses_inference_steps=8": "ses_inference_steps=1",
+        '"ses_inference_steps": 8': '"ses_inference_steps": 1',
+    }
+    for shown, other in changes.items():
+        (cell,) = [cell for cell in cells if shown in cell.source]
+        cell.source = cell.source.replace(shown, other)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in cells for output in cell.outputs]
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    base, answer, plot = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
+    assert base.size == answer.size == (256, 256) != plot.size
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    found = re.search(r"reward without search (-?[\d.]+), with it (-?[\d.]+), after 4 previews", text)
+    assert found and float(found[2]) >= float(found[1])
+    assert re.search(r"with it \{.*'all': (True|False)", text)
+    assert "HeldOut(base=" in outputs[-1].data["text/plain"]
