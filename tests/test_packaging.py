@@ -167,7 +167,13 @@ def test_every_module_has_its_place():
     assert set(sources().values()) == set(IMPORTS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "ses_fast/embedded/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+        *("examples/README.md", "ses_fast/embedded/README.md"),
+    ],
+)
 def test_the_docs_point_at_what_is_there(name):
     path = ROOT / name
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
