@@ -12,6 +12,7 @@ node uses nothing of ComfyUI but what it is handed: `noise.generate_noise(latent
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,19 +33,22 @@ class SearchedNoise:
         self.noise, self.guider, self.sampler, self.sigmas, self.vae = noise, guider, sampler, sigmas, vae
         self.score, self.options = score, options
         self.result: ses_fast.SearchResult | None = None
+        self.searched: list[Tensor | None] = []  # what the result is of: base, latent image, mask
 
     def generate_noise(self, input_latent: dict[str, Any]) -> Tensor:
         """The noise for a LATENT, whose "samples" are (1, C, ..., h, w). Raises ValueError for several images."""
         base = self.noise.generate_noise(input_latent)
         if len(base) != 1:
             raise ValueError(f"SES searches for one image: set the latent's batch_size to 1, it has {len(base)}")
-        if self.result is None or self.result.latents.shape != base.shape:
+        asked = [base, input_latent["samples"], input_latent.get("noise_mask")]
+        if self.result is None or not all(map(_same, asked, self.searched)):
 
             def objective(noises: Tensor) -> Any:  # [n, C, ..., h, w] -> n scores
                 return self.score(self.preview(noises, input_latent))
 
             seed = self.seed % 2**63  # ComfyUI's go up to 2^64
             self.result = ses_fast.evolve(base, objective, seed=seed, include_base=True, **self.options)
+            self.searched = [None if tensor is None else tensor.clone() for tensor in asked]
             logging.info("SES: score %.4f without search, %.4f with it", self.result.base_score, self.result.score)
         return self.result.latents.clone()
 
@@ -65,6 +69,12 @@ class SearchedNoise:
         if pixels.ndim == 5:
             pixels = pixels[:, pixels.shape[1] // 2]
         return (pixels[..., :3].movedim(-1, 1) * 2 - 1).clamp(-1, 1)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 class SESNoise:
@@ -115,11 +125,7 @@ class SESNoise:
         if not prompt.strip():
             raise ValueError("SES needs the prompt in words: the reward compares the image with it")
         judge = ses_fast.load_reward(reward, weights or None)
-
-        def score(images: Tensor) -> Tensor:
-            with torch.inference_mode():
-                return judge(images, prompt)
-
+        score = partial(judge, prompt=prompt)
         return (SearchedNoise(noise, guider, sampler, sigmas, vae, score, total_eval_budget=budget, **options),)
 
 

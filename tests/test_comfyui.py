@@ -202,6 +202,10 @@ def test_the_found_noise_is_kept_for_another_sampling(node, world, weights):
     many = world.sample(noise, world.guider, world.sampler, world.sigmas(4), world.latent(1))
     assert len(world.guider.batches) == BUDGET["budget"] + 2
     assert not torch.equal(few["samples"], many["samples"])
+    other = world.latent(1)
+    other["samples"] = other["samples"] + 0.1  # another picture to start from: another search
+    world.sample(noise, world.guider, world.sampler, world.sigmas(2), other)
+    assert len(world.guider.batches) == 2 * BUDGET["budget"] + 3
 
 
 def test_previews_together_are_previews_one_by_one(node, world, weights):
