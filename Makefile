@@ -6,7 +6,7 @@ READY := .venv/.ready
 RUN := .venv/bin
 PIP := $(RUN)/python -m pip install --quiet --no-input
 
-.PHONY: demo test test-slow lint bench bench-compare bench-embedded readme-tables docs docs-serve drawings
+.PHONY: demo test test-slow lint release bench bench-compare bench-embedded readme-tables docs docs-serve drawings
 
 demo: $(READY)
 	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 1 --out out/
@@ -21,6 +21,11 @@ lint: $(READY)
 	$(RUN)/ruff format --check
 	$(RUN)/ruff check
 	$(RUN)/mypy ses_fast kernels
+
+# What is published, in dist/: built, installed in an empty environment and run there first.
+release: $(READY)
+	$(RUN)/python -m pytest -q tests/test_packaging.py
+	$(RUN)/python -m build
 
 # Every op, and whole searches with the embedded model, on the CPU: one file in bench/results. What fails leaves the rest.
 # On a GPU machine the command is bench/gpu.sh.

@@ -1,16 +1,21 @@
-"""What is installed, what an import loads, who imports whom, and torchvision's operators."""
+"""What is installed and published, what an import loads, who imports whom, and torchvision's operators."""
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 import ses_fast
 
@@ -163,7 +168,13 @@ def test_every_module_has_its_place():
     assert set(sources().values()) == set(IMPORTS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "ses_fast/embedded/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+        *("examples/README.md", "ses_fast/embedded/README.md"),
+    ],
+)
 def test_the_docs_point_at_what_is_there(name):
     path = ROOT / name
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
@@ -226,14 +237,31 @@ def test_the_kernels_are_importable_where_they_stand():
     assert ses_fast.kernels.__version__ == "0.0.0"
 
 
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "SECURITY.md",
+)
+
+
+def copied_tree(target: Path) -> Path:
+    """What is packed, in `target`, so that a build leaves nothing beside the sources."""
+    for name in ("ses_fast", "kernels", "tests", "bench"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SOURCES:
+        shutil.copy(ROOT / name, target)
+    return target
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of this tree, built offline from a copy, so that nothing is left beside the sources."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("ses_fast", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, copy)
+    """The wheel of this tree, built offline."""
+    copy = copied_tree(tmp_path_factory.mktemp("source"))
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*command, "-w", target, copy], capture_output=True, text=True)
@@ -278,6 +306,65 @@ print(ses_fast.kernels.__file__, ses_fast.reference.__file__, sep="\\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     files = [tmp_path / "ses_fast" / "kernels" / "__init__.py", tmp_path / "ses_fast" / "reference.py"]
     assert done.stdout.split() == list(map(str, files)), done.stderr
+
+
+def in_place_of(command: list, **options) -> str:
+    """The output of a command that must not fail. PIP_ARGS (of `make`) says where pip finds another build of torch."""
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_release_is_built_installed_and_run(wheel, tmp_path):
+    """As it is published: an sdist, the wheel made of it, an environment with nothing else, and the command there."""
+    tree, dist = copied_tree(tmp_path / "tree"), tmp_path / "dist"
+    in_place_of([sys.executable, "-m", "build", tree, "--outdir", dist])
+    (sdist,), (built,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    assert {Path(name) for name in SOURCES} <= packed
+    assert not {path.parts[0] for path in packed if path.parts} & {"tests", "bench"}
+    with zipfile.ZipFile(built) as one, zipfile.ZipFile(wheel) as other:
+        assert set(one.namelist()) == set(other.namelist())
+
+    venv.create(tmp_path / "empty", with_pip=True)
+    python, extra = tmp_path / "empty" / "bin" / "python", os.environ.get("PIP_ARGS", "").split()
+    constraints = ROOT / "constraints.txt"
+    in_place_of([python, "-m", "pip", "install", "--no-compile", f"{built}[embedded,plots]", "-c", constraints, *extra])
+    where = in_place_of([python, "-c", "import ses_fast; print(ses_fast.__file__)"], cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(tmp_path / "empty")
+    prompt = "two red squares left of three blue rings"
+    options = ["--budget", "3", "--steps", "2", "--height", "128", "--width", "128", "--seed", "1", "--out", "out"]
+    in_place_of([python.parent / "ses-fast", "generate", prompt, *options], cwd=tmp_path)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["evaluations"] == 3
+    assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in ("image.png", "base.png", "budgets.png"))
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (ses_fast.__version__, project["license"])
+    assert citation["preferred-citation"]["url"] == project["urls"]["Paper"]
+    assert project["urls"]["Paper"].removeprefix("https://") in (ROOT / "README.md").read_text()
+
+
+def test_no_link_of_the_metadata_names_a_machine():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {urlsplit(url).hostname for url in project["urls"].values()} <= {"arxiv.org", "github.com"}
+    assert "email" not in str(project["authors"])
+
+
+def test_the_workflow_runs_every_python_that_is_allowed_and_the_lowest_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    allowed = [f"3.{minor}" for minor in range(int(low), int(high))]
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    matrix = jobs["versions"]["strategy"]["matrix"]
+    assert named == allowed == jobs["test"]["strategy"]["matrix"]["python"] == matrix["python"]
+    (torch,) = [line for line in project["dependencies"] if line.startswith("torch")]
+    assert f"torch>={matrix['torch'][0]}" == torch and matrix["torch"][-1] == "newest"
 
 
 # What holds before the call, and whether it then declares the schemas.
