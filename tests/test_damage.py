@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from toy_batch import ToyPipeline, redness
 
 import ses_fast
-from ses_fast import cli, files, folder, job, pipelines
+from ses_fast import cli, files, folder, job, models, pipelines
 from ses_fast.evolution import SearchState, ask
 
 PROMPTS = ["a red fox", "two grey cats in the snow", "a castle on a hill above the sea"]
@@ -50,7 +50,7 @@ def ses_fast_batch(out: Path, *options: Any, stop_after: int | None = None) -> i
     small = ("--budget", 10, "--popsize", 4, "--elites", 2, "--batch-size", 1)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the search that was kept")
-        patch.setitem(job.MODELS, "embedded", ToyPipeline)
+        patch.setitem(models.MODELS, "embedded", ToyPipeline)
         patch.setattr(job, "load_reward", lambda name, weights: reward)
         patch.setattr(pipelines, "enable", lambda pipe: pipe)
         try:

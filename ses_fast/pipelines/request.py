@@ -20,6 +20,7 @@ from ..rewards.weighted import WeightedReward, check_weights
 from .config import SESConfig
 
 RewardFunction = Callable[[Tensor, str], Any]
+MOST_STEPS = 10_000  # of a preview: more is a mistake, and schedules have a thousand
 
 
 @dataclass
@@ -75,6 +76,8 @@ def make_request(
         raise ValueError("ses_eval_budget=None searches for as long as SESConfig(time_limit=) says: give one of them")
     budget = None if budget is None else whole_number("ses_eval_budget", budget, 0)
     steps = whole_number("ses_inference_steps", steps, 1)
+    if steps > MOST_STEPS:
+        raise ValueError(f"ses_inference_steps must be at most {MOST_STEPS}, got {steps}")
     # Without a seed or a noise of its own the call's noise is not the one that the state was started from.
     from_state = config.state is not None and seed is None and not has_own_noise
     seed, search_seed = _seeds(seed, config)
