@@ -1,5 +1,6 @@
 """Comparison and calibration on a tiny FLUX.1 pipeline with random weights, and their figures on made-up lines."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,8 @@ import torch
 from tiny import brightness, tiny_flux
 
 import ses_fast
-from ses_fast import calibrate, cli, commands, compare, job, tables
+from ses_fast import answers, calibrate, cli, commands, compare, job, tables
+from ses_fast.answers import Search
 from ses_fast.methods import METHODS, MIX, PARTS
 from ses_fast.pipelines import Preview, SESConfig
 from ses_fast.pipelines.diffsynth.documented import Flow
@@ -46,8 +48,8 @@ def plan():
 def test_previews_that_are_final_images_are_taken_as_the_answers(studio, name):
     method, budgets = METHODS[name], (10, 20)
     assert method.shows_its_image(budgets)
-    shown = compare.answers(studio, method, PROMPT, 0, "brightness", budgets)
-    rendered = [image for image, _ in compare._searched(studio, method, PROMPT, 0, "brightness", budgets)]
+    shown = answers.answers(studio, method, Search(PROMPT, 0, brightness, budgets))
+    rendered = [image for image, _ in answers.searched(studio, method, Search(PROMPT, 0, brightness, budgets))]
     for one, other in zip(shown, rendered, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0.02)  # a picture has whole grey levels
     alone = studio.search(PROMPT, 0, brightness, 10, strategy=method.strategy, preview=method.preview)[0]
@@ -61,7 +63,7 @@ def test_what_makes_its_image_anew_says_so():
 
 
 def test_the_reference_is_the_installed_search(studio):
-    images, seconds = compare._documented(studio, PROMPT, 5, "brightness", (2, 4), final=True)
+    images, seconds = answers.documented(studio, Search(PROMPT, 5, brightness, (2, 4)), final=True)
     flow = Flow(tiny_flux(), PROMPT, seed=5, num_inference_steps=4, **SIZE)
     torch.manual_seed(5)
     noise = flow.search(lambda picture: score_of(brightness, studio.tensor(picture), PROMPT), 4, level=1)
@@ -73,11 +75,11 @@ def test_the_reference_is_the_installed_search(studio):
 
 def test_the_costs_of_a_larger_budget_hold_those_of_the_smaller(studio):
     drafts = METHODS["best of N drafts"]
-    small, large = compare.costs(studio, drafts, PROMPT, 0, "brightness", (2, 4), guided=1)
+    small, large = answers.costs(studio, drafts, Search(PROMPT, 0, brightness, (2, 4)), guided=1)
     assert (small.previews, large.previews) == (2 * 2, 4 * 2), "half of four steps each"
     assert small.finals == 2 * 4 and large.finals in (3 * 4, 4 * 4), "the best three, and the base where it is none"
     assert 0 < small.denoise < large.denoise and 0 < small.seconds < large.seconds
-    plain = compare.costs(studio, METHODS["no search"], PROMPT, 0, "brightness", (2, 4), guided=1)
+    plain = answers.costs(studio, METHODS["no search"], Search(PROMPT, 0, brightness, (2, 4)), guided=1)
     assert [each.finals for each in plain] == [4, 4] and plain[0].previews == 0
 
 
@@ -108,7 +110,7 @@ def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypat
     real = compare.measured
     monkeypatch.setattr(compare, "measured", lambda *args: done.append(args[3:]) or real(*args))
     again = compare.run(lambda: studio, plan, tmp_path, rounds=1)
-    assert done == [(1, "brightness")]
+    assert done == [(1, ["brightness"])]
     assert again == figures
 
 
@@ -117,7 +119,7 @@ def test_workers_measure_the_same(studio, tmp_path):
     figures = compare.run(load, plan, tmp_path, rounds=1, workers=2)
     for half, number in (("even", 0), ("odd", 1)):
         methods = figures["tasks"]["brightness"][half]["methods"]
-        line = compare.measured(studio, plan, (), number, "brightness")["methods"]
+        line = compare.measured(studio, plan, (), number, ["brightness"])[0]["methods"]
         for name, each in line.items():
             assert methods[name]["budgets"][0]["reward"][0] == pytest.approx(each["reward"][0][0], abs=1e-4)
 
@@ -169,7 +171,8 @@ def test_an_impossible_plan_is_refused(changes, words):
 def made_up(**rewards):
     """The figures of two even prompts and budgets 10 and 50; seconds are 2 and 10, of the reference 20 and 100."""
     methods = [name.replace("_", " ") for name in rewards]
-    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "about": {"model": "m"}}
+    settings = {"budgets": [10, 50], "tasks": ["clip"], "seeds": 1, "about": {"model": "m"}}
+    settings["methods"] = {name: dataclasses.asdict(METHODS[name]) for name in methods}
     settings["machine"] = {"rounds": 3, "threads": 1}
     rows = [
         {

@@ -22,6 +22,7 @@ HEAVY = ("triton", "diffsynth", "diffusers", "transformers", "matplotlib", "pywt
 IMPORTS = {
     "__init__": {"batch", "embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
+    "answers": {"methods", "pipelines", "rewards", "studio"},
     "batch": {"checks", "folder", "page", "pipelines", "prompts", "result"},
     "calibrate": {
         *("evolution", "files", "ops", "pipelines", "result"),
@@ -36,7 +37,7 @@ IMPORTS = {
         *("calibrate", "compare", "embedded", "job", "methods", "pipelines"),
         *("prompts", "report", "rewards", "studio", "tables"),
     },
-    "compare": {"files", "methods", "pipelines", "report", "studio", "tables"},
+    "compare": {"answers", "files", "methods", "pipelines", "report", "rewards", "studio", "tables"},
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},
@@ -88,9 +89,10 @@ IN_PIPELINES = {
     "request": {"config"},
     "run": {
         *("batching", "compiling", "config", "previews", "race"),
-        *("refining", "renderer", "request", "scoring"),
+        *("refining", "renderer", "request", "scoring", "sharing"),
     },
     "scoring": set(),
+    "sharing": {"renderer", "request"},
 }
 MOST_LINES = 450  # of a file under ses_fast/
 LONG = {"reference.py", "embedded/train.py"}
