@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import ses_fast
-from ses_fast import cli, job, pipelines
+from ses_fast import cli, job, pipelines, versions
+from ses_fast import generate as generate_module
 
 PROMPT = "two red squares left of three blue rings"
 
@@ -148,7 +149,7 @@ def test_the_best_previews_at_each_budget(toy, tmp_path, monkeypatch):
     [(1, [0, 1]), (10, [0, 10]), (50, [0, 10, 30, 50]), (120, [0, 10, 30, 100, 120])],
 )
 def test_marks(budget, marks):
-    previews = cli._BestPreviews(budget)
+    previews = generate_module._BestPreviews()
     for i in range(budget):
         previews(torch.full((1, 3, 2, 2), float(i)), [math.sin(i)], 0, i)
     assert sorted(previews.best) == marks
@@ -160,14 +161,14 @@ def test_marks(budget, marks):
 @pytest.mark.parametrize("scores, best", [([1.0, math.inf, 2.0], 2), ([1.0, 3.0, 3.0, 2.0], 1), ([math.nan, 1.0], 1)])
 def test_the_best_preview_is_the_first_of_the_finite_best(scores, best):
     """As the search counts: plus infinity is no score, and the first of equals wins."""
-    previews = cli._BestPreviews(len(scores))
+    previews = generate_module._BestPreviews()
     for i, score in enumerate(scores):
         previews(torch.full((1, 3, 2, 2), float(i)), [score], 0, i)
     assert previews.best[len(scores)][1][0, 0, 0] == best
 
 
 def test_a_preview_that_a_race_stopped_is_never_the_best():
-    previews = cli._BestPreviews(3)
+    previews = generate_module._BestPreviews()
     previews(torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2), [1.0, 9.0, 2.0], 0, 0, torch.tensor([0, 2, 0]))
     assert previews.best[3][0] == 2.0 and previews.best[3][1][0, 0, 0] == 2.0
 
@@ -353,7 +354,7 @@ def test_z_image_turbo_is_loaded_from_its_published_files(monkeypatch):
 
 
 def test_doctor(monkeypatch, capsys):
-    monkeypatch.setitem(cli.PACKAGES, "no-such-package", "plots")
+    monkeypatch.setitem(versions.PACKAGES, "no-such-package", "plots")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     cli.main(["doctor"])

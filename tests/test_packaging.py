@@ -30,8 +30,8 @@ IMPORTS = {
     },
     "checks": {"reference"},
     "cli": {
-        *("batch", "commands", "embedded", "files", "folder", "job", "ops", "page"),
-        *("pipelines", "prompts", "report", "rewards"),
+        *("batch", "commands", "embedded", "folder", "generate", "job", "ops", "page"),
+        *("prompts", "rewards", "versions"),
     },
     "commands": {
         *("calibrate", "compare", "embedded", "job", "methods", "pipelines"),
@@ -44,6 +44,7 @@ IMPORTS = {
     "evolution": {"checks", "ops", "reference", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
+    "generate": {"embedded", "files", "job", "pipelines", "report", "versions"},
     "folder": {"files", "prompts", "result"},
     "job": {"_torchvision", "embedded", "pipelines", "rewards"},
     "kernels": {"custom_op", "reference"},
@@ -70,6 +71,7 @@ IMPORTS = {
     "stopwatch": set(),
     "studio": {"pipelines", "result", "rewards", "scores", "stopwatch"},
     "tables": {"methods", "statistics"},
+    "versions": set(),
     "_torchvision": set(),
     "errors": set(),
 }

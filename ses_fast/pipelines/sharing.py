@@ -44,7 +44,7 @@ class Kept:
             self._work.move_to_end(key)
             self.reused += 1
             return _copy(self._work[key])
-        made = make()
+        made: Work = make()
         self._work[key] = _copy(made)
         self.size += _bytes(made)
         while self.size > self.most:
@@ -121,7 +121,7 @@ def _bytes(work: Tensor | Draft) -> int:
     return sum(part.numel() * part.element_size() for part in _tensors(work))
 
 
-def _copy(work: Work) -> Work:
+def _copy(work: Any) -> Any:
     if isinstance(work, Tensor):
         return work.clone()
     clean = None if work.clean is None else work.clean.clone()
@@ -134,5 +134,5 @@ def _digest(*tensors: Tensor) -> bytes:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr((tensor.dtype, tensor.shape, tensor.stride())).encode())  # a layout may change the rounding
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
