@@ -36,7 +36,8 @@ class ToyPipeline:
                 nonlocal first
                 images = candidates.tanh()
                 scores = ses["ses_reward_model"](images, prompt)
-                config.on_preview(images, scores, first // config.popsize, first % config.popsize)
+                if config.on_preview is not None:
+                    config.on_preview(images, scores, first // config.popsize, first % config.popsize)
                 first += len(images)
                 return scores
 
@@ -48,8 +49,10 @@ class ToyPipeline:
                 config.k_elites,
                 config.wavelet_name,
                 1 if config.dwt_level == "auto" else config.dwt_level,
+                strategy=config.strategy,
                 seed=seed,
                 include_base=True,
+                time_limit=config.time_limit,
                 progress=False,
             )
             latents = self.ses_result.latents
@@ -229,8 +232,66 @@ def test_the_pictures_show_what_was_found(toy, tmp_path, figures):
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
 
 
+def test_random_noises_beside_show_what_the_search_gained(toy, tmp_path, figures, capsys):
+    generate("--budget", 12, "--popsize", 4, "--seed", 3, "--random-beside", "--out", tmp_path)
+    random = ses_fast.evolve(
+        toy.ses_result.state.base,
+        lambda latents: redness(latents.tanh(), PROMPT),
+        *(12, 4, 5, "db1", 1),
+        strategy="random",
+        seed=3,
+        include_base=True,
+        progress=False,
+    )
+    scores = [each.score for each in random.trace]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["random"]["scores"] == scores and result["random"]["score"] == random.score
+    assert len(result["scores"]) == 12 and result["score"] != random.score
+    assert result["random"]["scores"][0] == result["base_score"], "from the same noise"
+    (curve,) = figures["curve.png"].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in curve.lines}
+    assert lines["of random noises"] == [max(scores[: i + 1]) for i in range(12)]
+    assert lines["best so far"][-1] == result["score"]
+    assert f"random       best score {random.score:.2f} of as many" in capsys.readouterr().out
+
+
+def test_a_search_may_have_seconds_in_place_of_a_budget(toy, tmp_path):
+    generate("--budget", "none", "--time-limit", 0.5, "--out", tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["budget"] is None and result["settings"]["time_limit"] == 0.5
+    assert result["evaluations"] == len(result["scores"]) > 10 and toy.ses_result.stopped == "time_limit"
+    assert toy.calls[1]["ses_eval_budget"] is None
+
+
+def test_what_calibrate_writes_of_the_call_is_taken(toy, tmp_path):
+    (tmp_path / "ses.json").write_text('{"popsize": 4, "call": {"num_inference_steps": 6, "ses_inference_steps": 3}}')
+    options = ("--budget", 2, "--config", tmp_path / "ses.json", "--out", tmp_path / "out")
+    for given, steps, previews in (
+        ((), 6, 3),
+        (("--steps", 6), 6, 3),
+        (("--preview-steps", 5), 6, 5),
+        (("--steps", 9, "--preview-steps", 4), 9, 4),
+    ):
+        generate(*options, *given)
+        call = toy.calls[-1]
+        assert (call["steps"], call["ses_inference_steps"], call["ses_config"].popsize) == (steps, previews, 4)
+    (tmp_path / "ses.json").write_text('{"popsize": 4}')
+    generate(*options, "--steps", 5)
+    assert (toy.calls[-1]["steps"], toy.calls[-1]["ses_inference_steps"]) == (5, 5)
+
+
+def test_steps_of_previews_of_another_image_are_refused(toy, tmp_path, capsys):
+    (tmp_path / "ses.json").write_text('{"call": {"num_inference_steps": 6, "ses_inference_steps": 3}}')
+    with pytest.raises(SystemExit, match="2"):
+        generate("--config", tmp_path / "ses.json", "--steps", 9, "--out", tmp_path)
+    assert "recommends 3 steps for previews of an image of 6: leave --steps 9 out" in capsys.readouterr().err
+
+
 # arguments, and what the one line says
 BAD = {
+    "no budget and no time": (["generate", PROMPT, "--budget", "none"], "as long as --time-limit says"),
+    "no time": (["generate", PROMPT, "--budget", "none", "--time-limit", "nan"], "time_limit"),
+    "time as a word": (["generate", PROMPT, "--time-limit", "soon"], "--time-limit: invalid float"),
     "no command": ([], "command"),
     "unknown command": (["paint"], "invalid choice: 'paint'"),
     "no prompt": (["generate"], "required: prompt"),

@@ -30,7 +30,7 @@ IMPORTS = {
     },
     "checks": {"reference"},
     "cli": {
-        *("batch", "commands", "embedded", "folder", "generate", "job", "ops", "page"),
+        *("batch", "commands", "folder", "generate", "job", "ops", "page"),
         *("prompts", "rewards", "versions"),
     },
     "commands": {
