@@ -263,6 +263,12 @@ def test_a_search_may_have_seconds_in_place_of_a_budget(toy, tmp_path):
     assert toy.calls[1]["ses_eval_budget"] is None
 
 
+def test_a_batch_takes_seconds_too(tmp_path):
+    options = ["batch", "prompts.txt", "--budget", "none", "--time-limit", "5", "--out", str(tmp_path)]
+    given = job.Job.of(cli._parser().parse_args(options))
+    assert given.budget is None and given.config.time_limit == 5 and given.settings["budget"] is None
+
+
 def test_what_calibrate_writes_of_the_call_is_taken(toy, tmp_path):
     (tmp_path / "ses.json").write_text('{"popsize": 4, "call": {"num_inference_steps": 6, "ses_inference_steps": 3}}')
     options = ("--budget", 2, "--config", tmp_path / "ses.json", "--out", tmp_path / "out")
