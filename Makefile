@@ -9,7 +9,7 @@ PIP := $(RUN)/python -m pip install --quiet --no-input
 .PHONY: demo test test-slow lint release bench bench-compare bench-embedded readme-tables docs docs-serve drawings
 
 demo: $(READY)
-	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 1 --out out/
+	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 1 --random-beside --out out/
 
 test: $(READY)
 	$(RUN)/python -m pytest -q -m "not slow"

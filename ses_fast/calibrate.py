@@ -226,6 +226,7 @@ class Advice:
     race: tuple[tuple[float, float], ...] | None  # (sigma, share) of each rung, at full size and steps
     race_time: float
     level: int | None
+    steps: int  # of the image
 
     @property
     def races(self) -> bool:
@@ -234,16 +235,19 @@ class Advice:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The quicker of the two, as `SESConfig.from_file` reads it."""
+        """The quicker of the two, as `SESConfig.from_file` and `SESConfig.call_from_file` read it."""
         level = {} if self.level is None else {"dwt_level": self.level}
-        if self.races:
-            return {**level, "preview": {"race": [list(rung) for rung in self.race or ()]}}
-        preview = self.setting.preview if self.setting else Preview()
-        return {**level, "preview": {"scale": preview.scale, "cfg": preview.cfg, "refine": self.refine}}
+        whole = Setting("", self.steps)
+        setting = whole if self.races else self.setting or whole
+        preview: dict[str, Any] = {"race": [list(rung) for rung in self.race or ()]}
+        if not self.races:
+            preview = {"scale": setting.preview.scale, "cfg": setting.preview.cfg, "refine": self.refine}
+        call = {"num_inference_steps": self.steps, "ses_inference_steps": setting.steps}
+        return {**level, "preview": preview, "call": call}
 
 
-def advice(found: Measured) -> Advice:
-    """By the measured scores and seconds."""
+def advice(found: Measured, steps: int) -> Advice:
+    """By the measured scores and seconds; steps: of the image."""
     enough = [
         setting
         for setting, look in found.settings.items()
@@ -257,7 +261,7 @@ def advice(found: Measured) -> Advice:
     if worthwhile < WORTHWHILE:
         race, worthwhile = None, 1.0
     level = max((level for level, rows in found.bands.items() if decides(rows)), default=None)
-    return Advice(setting, refine, time, race, 1 / worthwhile, level)
+    return Advice(setting, refine, time, race, 1 / worthwhile, level, steps)
 
 
 def correlation(look: Look, full: Look) -> Interval:

@@ -8,39 +8,23 @@ ends in one line and exit code 2, before the work.
 
 import argparse
 import json
-import math
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
 from .commands import HELDOUT, prepare_calibrate, prepare_compare
-from .files import write_whole
-from .job import EMBEDDED, Job, check_writable, checked_prompt
+from .generate import prepare_generate
+from .job import EMBEDDED, STEPS, Job, check_writable
 from .models import MODEL_HELP, quiet
 from .prompts import FORMATS, read_prompts
+from .versions import PACKAGES, versions
 
-# an optional package -> the extra that installs it
-PACKAGES = {
-    "triton": "triton",
-    "diffsynth": "diffsynth",
-    "diffusers": "diffusers",
-    "torchvision": "diffsynth",
-    "transformers": "rewards",
-    "open_clip_torch": "rewards",
-    "openai": "vlm",
-    "PyWavelets": "wavelets",
-    "matplotlib": "plots",
-}
-WRITTEN = ("image.png", "base.png", "budgets.png", "curve.png", "result.json")
 MOST_FAILURES = 10  # that are printed
-MARKS = (10, 30, 100, 300, 1000)  # evaluations whose best image is shown, beside none and all
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,104 +55,6 @@ def _is_refusal(error: BaseException) -> bool:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return last is not None and last.tb_frame.f_globals.get("__name__", "").startswith("ses_fast.")
-
-
-def _generate(args: argparse.Namespace) -> Callable[[], None]:
-    """Checks the arguments of `generate` and loads what they name."""
-    prompt, job = checked_prompt(args.prompt), Job.of(args)
-    if job.model == "embedded":
-        from .embedded.pipeline import check_words
-
-        check_words(prompt)
-    check_writable(job.out, WRITTEN)
-    from . import report  # here, so that a missing package is said before anything is loaded
-
-    previews = _BestPreviews(job.budget)
-    pipe, reward, config = job.load()
-    return partial(_search, prompt, job, pipe, reward, replace(config, on_preview=previews), previews, report)
-
-
-def _search(prompt: str, job: Job, pipe: Any, reward: Any, config: Any, previews: "_BestPreviews", report: Any) -> None:
-    from .pipelines.enabled import picture
-
-    call = partial(
-        pipe,
-        prompt,
-        seed=job.seed,
-        num_inference_steps=job.steps,
-        **quiet(pipe),
-        **job.size,
-    )
-    picture(call(enable_ses=False)).save(job.out / "base.png")
-    output = call(
-        enable_ses=True,
-        ses_reward_model=reward,
-        ses_eval_budget=job.budget,
-        ses_inference_steps=job.preview_steps,
-        ses_config=config,
-    )
-    picture(output).save(job.out / "image.png")
-
-    result = pipe.ses_result
-    scores = [-math.inf if evaluation.steps else evaluation.score for evaluation in result.trace]
-    generations = [evaluation.generation for evaluation in result.trace]
-    report.draw_budgets(previews.best, job.out / "budgets.png", prompt)
-    report.draw_curve(scores, generations, job.out / "curve.png", result.base_score)
-    summary = {
-        "base_score": _number(result.base_score),
-        "score": result.score,
-        "held_out": {
-            name: {"base": _number(held.base), "answer": _number(held.answer)} for name, held in result.held_out.items()
-        },
-        "evaluations": result.evaluations,
-        "seed": result.seed,
-        "settings": {"prompt": prompt, **job.settings},
-        "versions": {"ses-fast": __version__, "python": platform.python_version(), **_versions()},
-        "scores": [
-            {"generation": each.generation, "index": each.index, "score": _number(each.score), "steps": each.steps}
-            for each in result.trace
-        ],
-        "refined": [
-            {"generation": each.generation, "index": each.index, "score": _number(each.score)}
-            for each in result.refined
-        ],
-        "forwards": result.forwards,
-        "seconds": result.seconds,
-    }
-    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    write_whole(job.out / "result.json", lambda file: file.write_text(text))
-    print(f"base score   {result.base_score:.2f}")
-    print(f"best score   {result.score:.2f}")
-    for name, held in result.held_out.items():
-        print(f"held out     {name}: base {held.base:.2f}, best {held.answer:.2f}")
-    print(f"evaluations  {result.evaluations}")
-    print(f"seconds      {result.seconds['total']:.1f}")
-    print(f"written to   {job.out}: {' '.join(WRITTEN)}")
-
-
-class _BestPreviews:
-    """The best preview and its score after 0 (the base, scored first), 10, 30, ... and all evaluations.
-
-    One that a race stopped on its way is never the best.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.marks = {*(mark for mark in MARKS if mark < budget), budget}
-        self.best: dict[int, tuple[float, Any]] = {}
-        self._count = 0
-        self._leader: tuple[float, Any] = (-math.inf, None)
-
-    def __call__(self, images: Any, scores: Any, generation: int, first_index: int, steps: Any = None) -> None:
-        early = [0] * len(images) if steps is None else steps.tolist()
-        for image, score, stopped in zip(images, map(float, scores), early, strict=True):
-            score = score if math.isfinite(score) and not stopped else -math.inf  # as the search counts it
-            self._count += 1
-            if self._leader[1] is None or score > self._leader[0]:
-                self._leader = (score, image.detach().cpu())
-            if self._count == 1:
-                self.best[0] = self._leader
-            if self._count in self.marks:
-                self.best[self._count] = self._leader
 
 
 def _batch(args: argparse.Namespace) -> Callable[[], None]:
@@ -254,7 +140,7 @@ def _doctor(args: argparse.Namespace) -> Callable[[], None]:
 
         print(f"{'ses-fast':13} {__version__}")
         print(f"{'python':13} {platform.python_version()} ({platform.platform()})")
-        for name, version in _versions().items():
+        for name, version in versions().items():
             print(f"{name:13} {version or f'not installed: needs the extra ses-fast[{PACKAGES[name]}]'}")
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         for gpu in gpus:
@@ -265,24 +151,6 @@ def _doctor(args: argparse.Namespace) -> Callable[[], None]:
         print(f"{'backend':13} {f'torch (not triton: {reason})' if reason else 'triton'}")
 
     return work
-
-
-def _versions() -> dict[str, str | None]:
-    """The installed version of each package; torch's says for which CUDA, the others are not imported."""
-    import torch
-
-    versions: dict[str, str | None] = {"torch": torch.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _number(score: float | None) -> float | None:
-    """JSON has no infinity: null stands for a score that was not finite."""
-    return score if score is not None and math.isfinite(score) else None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -323,7 +191,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("prompt", help="what to draw")
     _add_search_options(generate, "folder for the pictures and result.json")
-    generate.set_defaults(prepare=_generate)
+    generate.add_argument(
+        "--random-beside",
+        action="store_true",
+        default=None,
+        help="score as many random noises too, for curve.png to show what the search gained; twice the time",
+    )
+    generate.set_defaults(prepare=prepare_generate)
 
     batch = commands.add_parser(
         "batch",
@@ -345,7 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_study_options(compare, Path("out/compare"), "folder for the report, its figures and plot")
     add = compare.add_argument
-    add("--tasks", help="rewards to search with, each by itself, with commas (default: clip,jpeg, or --reward)")
+    add(
+        "--tasks",
+        help="rewards to search with, with commas, each by itself, a+b as a sum of both, standardised (default: "
+        "clip,jpeg, or --reward)",
+    )
     add("--report-reward", metavar="NAME", help="a reward that takes no part in a search (default: embedded_heldout)")
     add("--budgets", help="evaluations, with commas (default: 10,20,30,50)")
     add(
@@ -353,8 +231,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(1),
         help="searches of a prompt, each from its own noise; from 2 on their diversity is shown (default: 1)",
     )
-    add("--methods", help="names with commas (default: all that the report then names)")
+    add("--methods", help="names with commas, or of groups: usual, parts, strategies, all (default: usual,parts)")
+    add("--config", type=Path, help="JSON file of settings, as calibrate writes it: one more method, own")
     add("--quick", action="store_true", help="few methods, small budgets, 4 minutes on two cores")
+    add(
+        "--sample",
+        type=_at_least(1),
+        help="so many of the prompts, drawn from all; a larger one goes on (default: all)",
+    )
     add("--minutes", type=float, help="no prompt is begun that would not end by then (default: 60); run again to go on")
     add("--workers", type=_at_least(1), help="processes of one thread (default: the cores, 1 with a GPU)")
     add("--rounds", type=_at_least(1), help="prompts on which the seconds are measured (default: 3)")
@@ -385,7 +269,7 @@ def _add_study_options(parser: argparse.ArgumentParser, out: Path, what: str) ->
     add("prompts", help=f'file of prompts as for batch; of the embedded model "{HELDOUT}" or a number of its captions')
     add("--model", default="embedded", help=MODEL_HELP)
     add("--reward", help="one that `ses-fast rewards` lists (default: embedded for the embedded model, else pick)")
-    add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
+    add("--steps", type=at_least_one, help=f"denoising steps of the image (default: {STEPS})")
     add("--height", type=at_least_one, help="pixels (default: the model's own)")
     add("--width", type=at_least_one, help="pixels (default: the model's own)")
     add("--out", type=Path, default=out, help=what)
@@ -394,12 +278,18 @@ def _add_study_options(parser: argparse.ArgumentParser, out: Path, what: str) ->
 def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:
     """What `generate` and `batch` have in common: see `Job`."""
     add, at_least_one = parser.add_argument, _at_least(1)
-    add("--budget", type=at_least_one, default=50, help="images to score, the one without search among them")
-    add("--steps", type=at_least_one, default=8, help="denoising steps of the image")
+    add(
+        "--budget",
+        type=_or_none(1),
+        default=50,
+        help='images to score, the one without search among them; "none": as many as --time-limit allows',
+    )
+    add("--time-limit", type=float, metavar="S", help="seconds that a search may take (default: no limit)")
+    add("--steps", type=at_least_one, help=f"denoising steps of the image (default: --config's, or {STEPS})")
     add(
         "--preview-steps",
         type=at_least_one,
-        help="denoising steps of the scored previews (default: those of --steps)",
+        help="denoising steps of the scored previews (default: --config's, or those of --steps)",
     )
     add("--seed", type=_at_least(0, 2**63 - 1), default=0, help="seed of the noise and of the search")
     add("--out", type=Path, default=Path("out"), help=out)
@@ -424,3 +314,7 @@ def _add_search_options(parser: argparse.ArgumentParser, out: str) -> None:
 
 def _or_auto(least: int) -> Callable[[str], int | str]:
     return lambda text: text if text == "auto" else _at_least(least, or_auto=True)(text)
+
+
+def _or_none(least: int) -> Callable[[str], int | None]:
+    return lambda text: None if text.lower() == "none" else _at_least(least)(text)

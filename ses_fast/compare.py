@@ -5,11 +5,13 @@ processes of one thread each. Seconds: all methods in turns on a few prompts, in
 kept line by line, so that a run that was stopped goes on where it was.
 
 A budget's answer is the best of a search's first evaluations, since no strategy depends on the budget: one search of
-the largest gives all. Where previews are the final image already it is not made again.
+the largest gives all. Where previews are the final image already it is not made again. Methods and tasks that look at
+the same noises share their images (`pipelines.sharing`), which changes no score; the pass that measures seconds shares
+nothing.
 """
 
 import contextlib
-import io
+import functools
 import itertools
 import json
 import multiprocessing
@@ -19,16 +21,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .answers import Search, answers, costs, documented, scaled
 from .files import write_whole
-from .methods import METHODS, REFERENCE, Method
-from .pipelines import SESConfig, disable, enable
-from .studio import Studio, score_of
+from .methods import GROUPS, METHODS, REFERENCE, Method
+from .pipelines.sharing import Kept, sharing
+from .rewards.weighted import WeightedReward
+from .studio import RewardFunction, Studio, score_of
 from .tables import markdown, plotted, summarise
 
 WRITTEN = ("compare.md", "compare.json", "compare.png", "settings.json", "scores.jsonl", "times.jsonl")
@@ -43,6 +47,7 @@ class Plan:
     budgets: tuple[int, ...]
     seeds: int = 1
     methods: tuple[str, ...] = tuple(METHODS)
+    own: Method | None = None  # one that is in no table; `methods` names it too
     about: Mapping[str, Any] = field(default_factory=dict)  # model, rewards, size, steps: what a stored score is of
 
     def __post_init__(self) -> None:
@@ -50,179 +55,94 @@ class Plan:
             raise ValueError("there is no prompt to compare on")
         if not self.budgets or min(self.budgets) < 1 or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets must be rising whole numbers from 1 on, as 10,20,50; got {self.budgets}")
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+        if unknown := set(self.methods) - {*METHODS, *([self.own.name] if self.own else [])}:
+            raise ValueError(
+                f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}, and these for several: "
+                f"{', '.join(GROUPS)}"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What stored figures are of, as JSON."""
-        plan = asdict(self) | {"methods": {name: asdict(METHODS[name]) for name in self.methods}}
+        plan = asdict(self) | {"methods": {name: asdict(self.method(name)) for name in self.methods}}
         return json.loads(json.dumps(plan))
+
+    def method(self, name: str) -> Method:
+        return self.own if self.own is not None and self.own.name == name else METHODS[name]
 
     def scored(self) -> list[Method]:
         """Those whose answers are their own."""
-        return [METHODS[name] for name in self.methods if METHODS[name].scores_of is None]
+        return [method for method in map(self.method, self.methods) if method.scores_of is None]
 
-
-class Cost(NamedTuple):
-    """Of a call of one budget."""
-
-    seconds: float
-    previews: int  # forwards of the denoiser in previews
-    finals: int  # and in images of full fidelity
-    denoise: float  # seconds of `previews`
-
-
-# ---------------------------------------------------------------- one method
-
-
-def answers(studio: Studio, method: Method, prompt: str, seed: int, task: str, budgets: Sequence[int]) -> list[Tensor]:
-    """The final image [1, 3, H, W] of each budget."""
-    if method.strategy is None:
-        return [studio.tensor(studio.call(prompt, seed))] * len(budgets)
-    if method.documented:
-        return _documented(studio, prompt, seed, task, budgets, final=False)[0]
-    if method.shows_its_image(budgets):
-        marks = _Marks(budgets)
-        _search(studio, method, prompt, seed, task, budgets[-1], on_preview=marks)
-        return marks.images
-    return [image for image, _ in _searched(studio, method, prompt, seed, task, budgets)]
-
-
-def costs(
-    studio: Studio, method: Method, prompt: str, seed: int, task: str, budgets: Sequence[int], guided: int
-) -> list[Cost]:
-    """What a call of each budget costs; guided: forwards of a step."""
-    image = studio.steps * guided
-    if method.strategy is None:
-        begin = studio.clock()
-        studio.call(prompt, seed)
-        return [Cost(studio.clock() - begin, 0, image, 0.0)] * len(budgets)
-    if method.documented:
-        seconds = _documented(studio, prompt, seed, task, budgets, final=True)[1]
-        return [Cost(each, budget * image, image, 0.0) for each, budget in zip(seconds, budgets, strict=True)]
-    return [
-        cost._replace(finals=cost.finals or image) for _, cost in _searched(studio, method, prompt, seed, task, budgets)
-    ]
-
-
-def _searched(
-    studio: Studio, method: Method, prompt: str, seed: int, task: str, budgets: Sequence[int]
-) -> Iterator[tuple[Tensor, Cost]]:
-    """(the final image [1, 3, H, W], its cost) of each budget; a larger one goes on from the smaller one's state."""
-    state, spent, previews, denoise = None, 0.0, 0, 0.0
-    for budget in budgets:
-        if state is not None and state.index and method.preview.race is not None:
-            state, spent, previews, denoise = None, 0.0, 0, 0.0  # a generation cut in two would be another race
-        begin = studio.clock()
-        picture, result = _search(studio, method, prompt, seed, task, budget, state=state)
-        taken, seconds = studio.clock() - begin, result.seconds
-        previews, denoise = previews + result.forwards["preview"], denoise + seconds["denoise"]
-        yield studio.tensor(picture), Cost(spent + taken, previews, result.forwards.get("refine", 0), denoise)
-        spent += taken - seconds["prompt"] - seconds["final"] - seconds.get("refine", 0.0)
-        state = result.state
-
-
-def _search(
-    studio: Studio, method: Method, prompt: str, seed: int, task: str, budget: int, **config: Any
-) -> tuple[Any, Any]:
-    return studio.search(
-        prompt,
-        seed,
-        studio.rewards[task],
-        budget,
-        max(1, round(method.steps * studio.steps)),
-        strategy=method.strategy,
-        dwt_level=method.level,
-        popsize=method.popsize,
-        batch_size=method.batch_size,
-        preview=method.preview,
-        **config,
-    )
-
-
-def _documented(
-    studio: Studio, prompt: str, seed: int, task: str, budgets: Sequence[int], final: bool
-) -> tuple[list[Tensor], list[float]]:
-    """(the final image [1, 3, H, W], the seconds) of each budget of the installed `ses_search`.
-
-    It draws from torch's global state, which is seeded. Its previews are the final images; final: one is made all the
-    same, for its time.
-    """
-    from .pipelines.diffsynth import family_of
-
-    if family_of(studio.pipe) is None:
-        raise ValueError("the documented flow is of DiffSynth's families alone")
-    from .pipelines.diffsynth.documented import Flow
-
-    images: list[Tensor] = []
-    seconds: list[float] = []
-    reward, leader, count = studio.rewards[task], (-float("inf"), torch.empty(0)), 0
-    begin = studio.clock()
-    call = {"num_inference_steps": studio.steps, **studio.arguments}
-    flow = Flow(disable(studio.pipe), prompt, seed=seed, **call)
-
-    def score(picture: Any) -> float:
-        nonlocal leader, count
-        image, count = studio.tensor(picture), count + 1
-        value = score_of(reward, image, prompt)
-        leader = max(leader, (value, image), key=lambda each: each[0])  # the first among equals, as the search has it
-        if count in budgets:
-            images.append(leader[1])
-            seconds.append(studio.clock() - begin)
-        return value
-
-    try:
-        level = SESConfig().evolution(flow.shared["height"], flow.shared["width"]).dwt_level
-        torch.manual_seed(seed)
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar
-            noise = flow.search(score, budgets[-1], level=level)
-        searched = studio.clock()
-        if final:
-            flow.final(noise)
-        return images, [each + studio.clock() - searched for each in seconds]
-    finally:
-        enable(studio.pipe)
-
-
-class _Marks:
-    """Collects the best preview after each budget, of those that were not stopped on their way."""
-
-    def __init__(self, budgets: Sequence[int]) -> None:
-        self.budgets = set(budgets)
-        self.images: list[Tensor] = []
-        self.leader: tuple[float, Tensor] = (-float("inf"), torch.empty(0))
-        self.count = 0
-
-    def __call__(self, images: Tensor, scores: Any, generation: int, first: int, steps: Tensor) -> None:
-        for image, score, stopped in zip(images.split(1), map(float, scores), steps.tolist(), strict=True):
-            self.count += 1
-            if not stopped and (score > self.leader[0] or not self.leader[1].numel()):
-                self.leader = (score, image)
-            if self.count in self.budgets:
-                self.images.append(self.leader[1])
+    @property
+    def order(self) -> list[int]:
+        """The prompts' numbers as they are measured, shuffled: even and odd ones in turn, so that any first ones are a
+        fair sample of both halves."""
+        count = len(self.prompts)
+        shuffled = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu").tolist()
+        halves = [[number for number in shuffled if number % 2 == rest] for rest in (0, 1)]
+        pairs = itertools.zip_longest(*halves)
+        return [number for pair in pairs for number in pair if number is not None]
 
 
 # ---------------------------------------------------------------- all of them on one prompt
 
 
-def measured(studio: Studio, plan: Plan, refused: Collection[str], number: int, task: str) -> dict[str, Any]:
-    """The line of a prompt: what each method's answers are worth, by seed and budget; without the refused ones."""
-    prompt = plan.prompts[number]
-    rows = {}
-    for method in plan.scored():
-        if method.name in refused:
-            continue
-        found = [answers(studio, method, prompt, seed, task, plan.budgets) for seed in range(plan.seeds)]
-        row = {"reward": [[score_of(studio.rewards[task], each, prompt) for each in images] for images in found]}
-        if studio.held_out is not None:
-            row["held_out"] = [[score_of(studio.held_out, each, prompt) for each in images] for images in found]
-        if studio.judge is not None:
-            row["oracle"] = [[float(studio.judge(each, prompt)) for each in images] for images in found]
-        if plan.seeds > 1:
-            row["diversity"] = [[_apart(images) for images in zip(*found, strict=True)]]
-        rows[method.name] = row
-    return {"prompt": number, "task": task, "methods": rows}
+def measured(
+    studio: Studio, plan: Plan, refused: Collection[str], number: int, tasks: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The line of a prompt and each task: what each method's answers are worth, by seed and budget.
+
+    Without the refused methods. What more than one of them renders is rendered once.
+    """
+    prompt, seeds = plan.prompts[number], range(plan.seeds)
+    lines: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    pictures: list[dict[bytes, Any]] = [{} for _ in seeds]
+    with sharing(Kept()):
+        searches = {
+            task: [Search(prompt, seed, scaled(studio, task, prompt, seed), plan.budgets) for seed in seeds]
+            for task in tasks
+        }
+        # By method first: what the tasks have in common is then still kept.
+        for method, task in itertools.product(plan.scored(), tasks):
+            if method.name not in refused:
+                found = [answers(studio, method, search, pictures[search.seed]) for search in searches[task]]
+                rewards = [search.reward for search in searches[task]]
+                lines[task][method.name] = _worth(studio, task, rewards, prompt, found)
+    return [{"prompt": number, "task": task, "methods": line} for task, line in lines.items()]
+
+
+def _worth(
+    studio: Studio, task: str, rewards: Sequence[RewardFunction], prompt: str, found: Sequence[Sequence[Tensor]]
+) -> dict[str, Any]:
+    """What the images of each seed and budget are worth. rewards: each seed's, of the task."""
+
+    def scores(*judges: Callable[[Tensor, str], Any]) -> list[list[float]]:
+        return [_scores(judge, images, prompt) for judge, images in zip(judges, found, strict=True)]
+
+    def by(reward: RewardFunction) -> list[list[float]]:
+        return scores(*[functools.partial(score_of, reward)] * len(found))
+
+    row: dict[str, Any] = {"reward": scores(*(functools.partial(score_of, reward) for reward in rewards))}
+    for name, reward in studio.rewards.items():
+        if name != task and not isinstance(reward, WeightedReward):
+            row[f"by {name}"] = by(reward)
+    if studio.held_out is not None:
+        row["held_out"] = by(studio.held_out)
+    if studio.judge is not None:
+        row["oracle"] = scores(*[studio.judge] * len(found))
+    if len(found) > 1:
+        row["diversity"] = [[_apart(images) for images in zip(*found, strict=True)]]
+    return row
+
+
+def _scores(judge: Callable[[Tensor, str], Any], images: Sequence[Tensor], prompt: str) -> list[float]:
+    """Of each budget's image; one that a larger budget did not change is judged once."""
+    scores: list[float] = []
+    for before, image in zip((None, *images), images, strict=False):
+        same = before is not None and torch.equal(before, image)
+        scores.append(scores[-1] if same else float(judge(image, prompt)))
+    return scores
 
 
 def _apart(images: Sequence[Tensor]) -> float:
@@ -241,7 +161,7 @@ def _open(load: Callable[[], Studio]) -> None:
     _studio = load()
 
 
-def _measured_there(*job: Any) -> dict[str, Any]:
+def _measured_there(*job: Any) -> list[dict[str, Any]]:
     assert _studio is not None
     return measured(_studio, *job)
 
@@ -298,13 +218,14 @@ def run(
     *,
     workers: int = 1,
     rounds: int = 3,
+    sample: int | None = None,
     minutes: float | None = None,
 ) -> dict[str, Any]:
     """Compares, writes the files of WRITTEN, and returns the figures.
 
     workers: processes that measure rewards; 1: none but this one. rounds: prompts on which all methods are timed.
-    minutes: no prompt is begun that would not end by then; a later run with more goes on. Raises ValueError as
-    `open_folder`.
+    sample: so many of the prompts are measured, drawn from both halves. minutes: no prompt is begun that would not end
+    by then. A later run with more of either goes on. Raises ValueError as `open_folder`.
     """
     begin = time.perf_counter()
     scores, times = open_folder(out, plan)
@@ -312,12 +233,14 @@ def run(
     _time_all(studio, plan, times, rounds)
     refused = {row["method"] for row in times.rows if "refused" in row}
     known = {(row["prompt"], row["task"]) for row in scores.rows}
-    jobs = [each for each in itertools.product(range(len(plan.prompts)), plan.tasks) if each not in known]
+    jobs = [(number, [task for task in plan.tasks if (number, task) not in known]) for number in plan.order[:sample]]
+    jobs = [(number, tasks) for number, tasks in jobs if tasks]
     deadline = None if minutes is None else begin + 60 * minutes
-    for row in tqdm(
+    for rows in tqdm(
         _all(load, studio, (plan, refused), jobs, workers, deadline), total=len(jobs), desc="prompts", mininterval=5
     ):
-        scores.add(row)
+        for row in rows:
+            scores.add(row)
     machine = {
         "threads": torch.get_num_threads(),
         "workers": workers,
@@ -343,15 +266,19 @@ def _time_all(studio: Studio, plan: Plan, times: Lines, rounds: int) -> None:
     turns = [turn for turn in turns if turn not in known]
     guided = studio.warm_up(plan.prompts[0], plan.tasks[0]) if turns else 1
     if turns and REFERENCE.name in plan.methods:
+        first = Search(plan.prompts[0], 0, scaled(studio, plan.tasks[0], plan.prompts[0], 0), (2,))
         with contextlib.suppress(ValueError):  # a pipeline that it cannot drive is noted below
-            _documented(studio, plan.prompts[0], 0, plan.tasks[0], (2,), final=True)
+            documented(studio, first, final=True)
     for number, task, name in tqdm(turns, desc="seconds", mininterval=5):
         row: dict[str, Any] = {"round": number, "task": task, "method": name}
         if any("refused" in each for each in times.rows if each["method"] == name):
             continue
         try:
-            found = costs(studio, METHODS[name], plan.prompts[number], 0, task, plan.budgets, guided)
-            row["costs"] = [each._asdict() for each in found]
+            if guided == 1 and not plan.method(name).preview.cfg:
+                raise ValueError("the pipeline's call has no guidance to leave out")
+            prompt = plan.prompts[number]
+            search = Search(prompt, 0, scaled(studio, task, prompt, 0), plan.budgets)
+            row["costs"] = [each._asdict() for each in costs(studio, plan.method(name), search, guided)]
         except ValueError as error:
             row["refused"] = str(error)
         times.add(row)
@@ -361,22 +288,22 @@ def _all(
     load: Callable[[], Studio],
     studio: Studio,
     about: tuple[Plan, Collection[str]],  # and the refused methods
-    jobs: Iterable[tuple[int, str]],
+    jobs: Iterable[tuple[int, Sequence[str]]],  # a prompt and its tasks
     workers: int,
     deadline: float | None,  # by time.perf_counter
-) -> Iterator[dict[str, Any]]:
-    """The line of each job, as they are done; none is begun that would not end in time."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of each job, as they are done; none is begun that would not end in time."""
     longest = 0.0
 
     def in_time() -> bool:
         return deadline is None or time.perf_counter() + longest <= deadline
 
     if workers == 1:
-        for number, task in jobs:
+        for job in jobs:
             if not in_time():
                 return
             begin = time.perf_counter()
-            yield measured(studio, *about, number, task)
+            yield measured(studio, *about, *job)
             longest = max(longest, time.perf_counter() - begin)
         return
     left = iter(jobs)
@@ -384,8 +311,8 @@ def _all(
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_open, initargs=(load,)) as pool:
         running: dict[Future, float] = {}
         while True:
-            while len(running) < workers and in_time() and (job := next(left, None)) is not None:
-                running[pool.submit(_measured_there, *about, *job)] = time.perf_counter()
+            while len(running) < workers and in_time() and (each := next(left, None)) is not None:
+                running[pool.submit(_measured_there, *about, *each)] = time.perf_counter()
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:

@@ -18,7 +18,9 @@ SEARCH = {
     "wavelet": "wavelet_name",
     "level": "dwt_level",
     "batch_size": "batch_size",
+    "time_limit": "time_limit",
 }
+STEPS = 8  # of the image, where neither --steps nor the file of --config says
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Job:
     seed: int
     steps: int
     preview_steps: int
-    budget: int
+    budget: int | None  # None: as many as the time allows
     size: dict[str, Any]  # height and width, where given
     config: Any  # the SESConfig, as yet without report_rewards
     out: Path
@@ -54,17 +56,20 @@ class Job:
                 )
         if reward in EMBEDDED and args.reward_weights:
             raise ValueError("--reward-weights: the embedded reward has its own weights")
+        config, (steps, preview_steps) = _config(args), steps_of(args)
+        if args.budget is None and config.time_limit is None:
+            raise ValueError("--budget none searches for as long as --time-limit says: give one of them")
         return Job(
             model=args.model,
             reward=reward,
             reward_weights=args.reward_weights,
             report_rewards=report,
             seed=args.seed,
-            steps=args.steps,
-            preview_steps=args.preview_steps or args.steps,
+            steps=steps,
+            preview_steps=preview_steps,
             budget=args.budget,
             size={name: getattr(args, name) for name in ("height", "width") if getattr(args, name)},
-            config=_config(args),
+            config=config,
             out=args.out,
         )
 
@@ -90,6 +95,25 @@ def _config(args: argparse.Namespace) -> Any:
     config = SESConfig.from_file(args.config) if args.config else SESConfig()
     given = {name: getattr(args, option) for option, name in SEARCH.items() if getattr(args, option) is not None}
     return replace(config, **given)
+
+
+def steps_of(args: argparse.Namespace) -> tuple[int, int]:
+    """(the steps of the image, those of a preview), by the options and the file of --config.
+
+    Raises ValueError where the file's steps of a preview are of an image of other steps.
+    """
+    from .pipelines import SESConfig
+
+    call = SESConfig.call_from_file(args.config) if args.config else {}
+    steps = args.steps or call.get("num_inference_steps", STEPS)
+    given = getattr(args, "preview_steps", None)
+    measured = call.get("num_inference_steps", steps)
+    if not given and "ses_inference_steps" in call and steps != measured:
+        raise ValueError(
+            f"{args.config} recommends {call['ses_inference_steps']} steps for previews of an image of {measured}: "
+            f"leave --steps {steps} out, calibrate with it, or give --preview-steps"
+        )
+    return steps, given or call.get("ses_inference_steps", steps)
 
 
 def load_reward(name: str, weights: str | None) -> Any:

@@ -1,9 +1,9 @@
 """What `ses-fast compare` compares: a line each, to be added and deleted freely."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-from .pipelines import Preview
+from .pipelines import Preview, SESConfig
 from .strategies import STRATEGIES
 
 
@@ -19,6 +19,8 @@ class Method:
     preview: Preview = Preview()
     batch_size: int | str = "auto"
     popsize: int = 10
+    k_elites: int = 5
+    wavelet: str = "db1"
     documented: bool = False  # the installed ses_search in the documented flow
     scores_of: str | None = None  # the method whose answers it gives, up to rounding: only its time is its own
 
@@ -29,6 +31,27 @@ class Method:
             return False
         # A race's generation that ends early is another race.
         return cheap.race is None or all(budget % self.popsize == 0 for budget in budgets)
+
+    @staticmethod
+    def of(config: SESConfig, steps: float, name: str, what: str) -> "Method":
+        """A search with these settings; steps: as above. Raises ValueError for settings that no comparison has."""
+        compared = {"popsize", "k_elites", "wavelet_name", "dwt_level", "strategy", "preview", "batch_size"}
+        usual = SESConfig()
+        others = [f.name for f in fields(SESConfig) if f.name not in compared | {"progress", "backend"}]
+        if changed := [each for each in others if getattr(config, each) != getattr(usual, each)]:
+            raise ValueError(f"a comparison has its own {', '.join(changed)}: leave it out of the settings")
+        return Method(
+            name,
+            what,
+            strategy=config.strategy,
+            level=config.dwt_level,
+            steps=steps,
+            preview=config.preview,
+            batch_size=config.batch_size,
+            popsize=config.popsize,
+            k_elites=config.k_elites,
+            wavelet=config.wavelet_name,
+        )
 
 
 NOTHING = Method("no search", "the seed's own noise", strategy=None)
@@ -69,6 +92,7 @@ CHEAP = (
         steps=0.5,
         preview=Preview(refine=3),
     ),
+    replace(STRATEGY, name="+ no guidance", what=f"{BEST}, previews without guidance", preview=Preview(cfg=False)),
 )
 MIX = replace(
     STRATEGY, name="mix", what=f"{BEST}, half the size, raced, the best 3 in full", preview=Preview(2, "auto", refine=3)
@@ -86,4 +110,18 @@ METHODS = {
     method.name: method
     for method in (NOTHING, REFERENCE, RANDOM, SES, *CONTROLS, STRATEGY, *OTHERS, *DRAFTS, *CHEAP, MIX, *PARTS.values())
 }
-QUICK = ("no search", "reference", "random", "ses", BEST, "best of N raced", "mix")
+BASIS = (NOTHING, REFERENCE, RANDOM, SES)
+# Names that stand for several.
+GROUPS = {
+    "usual": (*BASIS, *CONTROLS, STRATEGY, METHODS["best_both"], METHODS["pcn"], *DRAFTS, *CHEAP, MIX),
+    "strategies": (*BASIS, *CONTROLS, STRATEGY, *OTHERS),
+    "parts": (*BASIS, MIX, *PARTS.values()),
+    "quick": (*BASIS, STRATEGY, METHODS["best of N raced"], MIX),
+    "all": tuple(METHODS.values()),
+}
+
+
+def named(names: Sequence[str]) -> tuple[str, ...]:
+    """The methods' names in the table's order, with those that a name of GROUPS stands for; unknown ones come last."""
+    wanted = {each for name in names for each in ([m.name for m in GROUPS[name]] if name in GROUPS else [name])}
+    return (*(name for name in METHODS if name in wanted), *sorted(wanted - METHODS.keys()))

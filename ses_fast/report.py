@@ -36,12 +36,16 @@ def draw_budgets(panels: Mapping[int, tuple[float, Tensor]], path: Path, title: 
 
 
 def draw_curve(
-    scores: Sequence[float], generations: Sequence[int], path: Path, base_score: float | None = None
+    scores: Sequence[float],
+    generations: Sequence[int],
+    path: Path,
+    base_score: float | None = None,
+    random: Sequence[float] | None = None,
 ) -> None:
     """Writes the score of each evaluation, in order, and the best so far to `path`.
 
-    generations: the generation of each score. base_score: drawn as a line where given. Scores that are not
-    finite are left out.
+    generations: the generation of each score. base_score: drawn as a line where given. random: scores of noises drawn
+    without a search, whose best so far is drawn where they are given. Scores that are not finite are left out.
     """
     numbers = range(1, len(scores) + 1)
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -54,10 +58,19 @@ def draw_curve(
         color="tab:red",
         label="best so far",
     )
+    if random is not None:
+        axes.plot(
+            range(1, len(random) + 1),
+            _finite(list(accumulate(random, max))),
+            drawstyle="steps-post",
+            color="black",
+            linestyle=":",
+            label="of random noises",
+        )
     if base_score is not None and math.isfinite(base_score):
         axes.axhline(base_score, color="grey", linestyle="--", label="without search")
     axes.set(xlabel="evaluation (coloured by generation)", ylabel="score")
-    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

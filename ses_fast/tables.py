@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import METHODS, MIX, PARTS, RANDOM, REFERENCE, SES
+from .methods import MIX, NOTHING, PARTS, RANDOM, REFERENCE, SES, STRATEGY
 from .statistics import Interval, bootstrap, mean_of, seconds_to
 
 HALVES = {"even": 0, "odd": 1}  # one chooses on the even prompts, and reports on the odd
@@ -54,8 +54,9 @@ def costs_of(settings: Mapping[str, Any], times: Rows) -> dict[str, dict[str, li
             ]
     full = next((_seconds_a_forward(medians[name]) for name in (SES.name, RANDOM.name) if name in medians), math.nan)
     for name, each in medians.items():
-        batched = medians.get(METHODS[name].scores_of or name, each)  # one by one each costs more, of either size
-        share = _seconds_a_forward(batched) / full if METHODS[name].preview.scale > 1 else 1.0
+        method = settings["methods"][name]
+        batched = medians.get(method["scores_of"] or name, each)  # one by one each costs more, of either size
+        share = _seconds_a_forward(batched) / full if method["preview"]["scale"] > 1 else 1.0
         found[name] = {
             "seconds": [cost["seconds"] for cost in each],
             "forwards": [share * cost["previews"] + cost["finals"] for cost in each],
@@ -72,7 +73,7 @@ def _half(
     settings: Mapping[str, Any], rows: Rows, costs: Mapping[str, Mapping[str, list[float]]], target: int
 ) -> dict[str, Any]:
     """The figures of each method over the prompts of `rows`."""
-    means = {name: _means(rows, METHODS[name].scores_of or name) for name in settings["methods"]}
+    means = {name: _means(rows, method["scores_of"] or name) for name, method in settings["methods"].items()}
     found = {}
     for name, mine in means.items():
         if not mine:
@@ -87,6 +88,10 @@ def _half(
                     if kind in mine and kind in means[other]:
                         apart = mine[kind][:, i] - means[other][kind][:, i]
                         figures[f"{kind} to {other}"] = mean_of(apart.tolist())
+            for kind, values in mine.items() if NOTHING.name in means and name != NOTHING.name else ():
+                if kind != "diversity":
+                    apart = values[:, i] - means[NOTHING.name][kind][:, i]
+                    figures[f"{kind} to {NOTHING.name}"] = mean_of(apart.tolist())
             budgets.append(figures)
         summary: dict[str, Any] = {"budgets": budgets}
         if REFERENCE.name in means and name in costs and REFERENCE.name in costs:
@@ -191,8 +196,9 @@ def markdown(figures: Mapping[str, Any]) -> str:
         f"{about}. Budgets {', '.join(map(str, budgets))}; {settings['seeds']} seed(s) a prompt; all methods start "
         "from the same noises. Rewards are of the final image at full fidelity. [..] holds the truth with 95 %, by a "
         "bootstrap over prompts, differences paired by prompt. Seconds are medians over the "
-        f"{machine['rounds']} prompt(s) on which all methods took turns, in one process with all threads; rewards come "
-        "from processes of one thread. A half-size forward counts by its measured share of a full one.",
+        f"{machine['rounds']} prompt(s) on which all methods took turns, in one process with all threads, each making "
+        "all of its images; rewards come from processes of one thread, whose methods share the images of equal noises. "
+        "A half-size forward counts by its measured share of a full one.",
         f"Chosen on the even prompts, by the time to the reference's reward at budget {figures['target']} on the task "
         f"where that takes longest: **{figures['chosen'] or 'none reaches it on all tasks'}**.",
     ]
@@ -203,14 +209,38 @@ def markdown(figures: Mapping[str, Any]) -> str:
             words = "to report on" if half == "odd" else "to choose on"
             parts.append(f"## Task {task}, {half} prompts ({words}; {count})")
             parts += _tables(figures, methods) if methods else ["None measured yet."]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_by_rewards(figures)])
+
+
+def _by_rewards(figures: Mapping[str, Any]) -> list[str]:
+    """What a search with each reward, or with a sum, gains by all of them; of the half to report on."""
+    tasks, budgets = figures["tasks"], figures["settings"]["budgets"]
+    target = budgets.index(figures["target"])
+    names = [*(task for task in tasks if "+" not in task), *KINDS[1:]]
+    lines = []
+    for method in (RANDOM.name, SES.name, STRATEGY.name, MIX.name):
+        for task, halves in tasks.items():
+            if method not in halves["odd"]["methods"] or NOTHING.name not in halves["odd"]["methods"]:
+                continue
+            row = halves["odd"]["methods"][method]["budgets"][target]
+            kinds = ["reward" if name == task else name if name in KINDS else f"by {name}" for name in names]
+            gains = [_figure(row.get(f"{kind} to {NOTHING.name}"), signed=True) for kind in kinds]
+            lines.append([method, task, *gains])
+    if not lines or len(tasks) < 2:
+        return []
+    return [
+        "## By which reward to search",
+        f"Gains over the image without a search at budget {figures['target']}, on the odd prompts. `a+b` is the sum of "
+        "both, each standardised by ten whole noises of the prompt.",
+        table(("method", "searched with", *(name.replace("_", "-") for name in names)), lines),
+    ]
 
 
 def _tables(figures: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]:
     budgets = figures["settings"]["budgets"]
     target = budgets.index(figures["target"])
     rows = {name: each["budgets"][target] for name, each in methods.items()}
-    tables = [f"At budget {figures['target']}:", _equal(rows)]
+    tables = [f"At budget {figures['target']}:", _equal(rows, figures["settings"]["methods"])]
     if any("reached" in method for method in methods.values()):
         words = (
             f"Time to the reward that the reference reaches at budget {figures['target']}, over the time it takes; and"
@@ -228,7 +258,7 @@ def _tables(figures: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]
     return tables
 
 
-def _equal(rows: Mapping[str, Any]) -> str:
+def _equal(rows: Mapping[str, Any], what: Mapping[str, Any]) -> str:
     columns = ["method", "forwards", "seconds", "reward"]
     columns += [f"to {REFERENCE.name}", f"to {RANDOM.name}"]
     kinds = [kind for kind in KINDS[1:] if any(kind in row for row in rows.values())]
@@ -237,7 +267,7 @@ def _equal(rows: Mapping[str, Any]) -> str:
     diversity = any("diversity" in row for row in rows.values())
     lines = []
     for name, row in rows.items():
-        line = [f"{name}: {METHODS[name].what}", _number(row.get("forwards"), 0), _number(row.get("seconds"))]
+        line = [f"{name}: {what[name]['what']}", _number(row.get("forwards"), 0), _number(row.get("seconds"))]
         line.append(_figure(row.get("reward")))
         line += [_figure(row.get(f"reward to {other}"), signed=True) for other in (REFERENCE.name, RANDOM.name)]
         for kind in kinds:

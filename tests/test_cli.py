@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import ses_fast
-from ses_fast import cli, job, models, pipelines
+from ses_fast import cli, job, models, pipelines, versions
+from ses_fast import generate as generate_module
 
 PROMPT = "two red squares left of three blue rings"
 
@@ -36,7 +37,8 @@ class ToyPipeline:
                 nonlocal first
                 images = candidates.tanh()
                 scores = ses["ses_reward_model"](images, prompt)
-                config.on_preview(images, scores, first // config.popsize, first % config.popsize)
+                if config.on_preview is not None:
+                    config.on_preview(images, scores, first // config.popsize, first % config.popsize)
                 first += len(images)
                 return scores
 
@@ -48,8 +50,10 @@ class ToyPipeline:
                 config.k_elites,
                 config.wavelet_name,
                 1 if config.dwt_level == "auto" else config.dwt_level,
+                strategy=config.strategy,
                 seed=seed,
                 include_base=True,
+                time_limit=config.time_limit,
                 progress=False,
             )
             latents = self.ses_result.latents
@@ -149,7 +153,7 @@ def test_the_best_previews_at_each_budget(toy, tmp_path, monkeypatch):
     [(1, [0, 1]), (10, [0, 10]), (50, [0, 10, 30, 50]), (120, [0, 10, 30, 100, 120])],
 )
 def test_marks(budget, marks):
-    previews = cli._BestPreviews(budget)
+    previews = generate_module._BestPreviews()
     for i in range(budget):
         previews(torch.full((1, 3, 2, 2), float(i)), [math.sin(i)], 0, i)
     assert sorted(previews.best) == marks
@@ -161,14 +165,14 @@ def test_marks(budget, marks):
 @pytest.mark.parametrize("scores, best", [([1.0, math.inf, 2.0], 2), ([1.0, 3.0, 3.0, 2.0], 1), ([math.nan, 1.0], 1)])
 def test_the_best_preview_is_the_first_of_the_finite_best(scores, best):
     """As the search counts: plus infinity is no score, and the first of equals wins."""
-    previews = cli._BestPreviews(len(scores))
+    previews = generate_module._BestPreviews()
     for i, score in enumerate(scores):
         previews(torch.full((1, 3, 2, 2), float(i)), [score], 0, i)
     assert previews.best[len(scores)][1][0, 0, 0] == best
 
 
 def test_a_preview_that_a_race_stopped_is_never_the_best():
-    previews = cli._BestPreviews(3)
+    previews = generate_module._BestPreviews()
     previews(torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2), [1.0, 9.0, 2.0], 0, 0, torch.tensor([0, 2, 0]))
     assert previews.best[3][0] == 2.0 and previews.best[3][1][0, 0, 0] == 2.0
 
@@ -229,8 +233,72 @@ def test_the_pictures_show_what_was_found(toy, tmp_path, figures):
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
 
 
+def test_random_noises_beside_show_what_the_search_gained(toy, tmp_path, figures, capsys):
+    generate("--budget", 12, "--popsize", 4, "--seed", 3, "--random-beside", "--out", tmp_path)
+    random = ses_fast.evolve(
+        toy.ses_result.state.base,
+        lambda latents: redness(latents.tanh(), PROMPT),
+        *(12, 4, 5, "db1", 1),
+        strategy="random",
+        seed=3,
+        include_base=True,
+        progress=False,
+    )
+    scores = [each.score for each in random.trace]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["random"]["scores"] == scores and result["random"]["score"] == random.score
+    assert len(result["scores"]) == 12 and result["score"] != random.score
+    assert result["random"]["scores"][0] == result["base_score"], "from the same noise"
+    (curve,) = figures["curve.png"].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in curve.lines}
+    assert lines["of random noises"] == [max(scores[: i + 1]) for i in range(12)]
+    assert lines["best so far"][-1] == result["score"]
+    assert f"random       best score {random.score:.2f} of as many" in capsys.readouterr().out
+
+
+def test_a_search_may_have_seconds_in_place_of_a_budget(toy, tmp_path):
+    generate("--budget", "none", "--time-limit", 0.5, "--out", tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["budget"] is None and result["settings"]["time_limit"] == 0.5
+    assert result["evaluations"] == len(result["scores"]) > 10 and toy.ses_result.stopped == "time_limit"
+    assert toy.calls[1]["ses_eval_budget"] is None
+
+
+def test_a_batch_takes_seconds_too(tmp_path):
+    options = ["batch", "prompts.txt", "--budget", "none", "--time-limit", "5", "--out", str(tmp_path)]
+    given = job.Job.of(cli._parser().parse_args(options))
+    assert given.budget is None and given.config.time_limit == 5 and given.settings["budget"] is None
+
+
+def test_what_calibrate_writes_of_the_call_is_taken(toy, tmp_path):
+    (tmp_path / "ses.json").write_text('{"popsize": 4, "call": {"num_inference_steps": 6, "ses_inference_steps": 3}}')
+    options = ("--budget", 2, "--config", tmp_path / "ses.json", "--out", tmp_path / "out")
+    for given, steps, previews in (
+        ((), 6, 3),
+        (("--steps", 6), 6, 3),
+        (("--preview-steps", 5), 6, 5),
+        (("--steps", 9, "--preview-steps", 4), 9, 4),
+    ):
+        generate(*options, *given)
+        call = toy.calls[-1]
+        assert (call["steps"], call["ses_inference_steps"], call["ses_config"].popsize) == (steps, previews, 4)
+    (tmp_path / "ses.json").write_text('{"popsize": 4}')
+    generate(*options, "--steps", 5)
+    assert (toy.calls[-1]["steps"], toy.calls[-1]["ses_inference_steps"]) == (5, 5)
+
+
+def test_steps_of_previews_of_another_image_are_refused(toy, tmp_path, capsys):
+    (tmp_path / "ses.json").write_text('{"call": {"num_inference_steps": 6, "ses_inference_steps": 3}}')
+    with pytest.raises(SystemExit, match="2"):
+        generate("--config", tmp_path / "ses.json", "--steps", 9, "--out", tmp_path)
+    assert "recommends 3 steps for previews of an image of 6: leave --steps 9 out" in capsys.readouterr().err
+
+
 # arguments, and what the one line says
 BAD = {
+    "no budget and no time": (["generate", PROMPT, "--budget", "none"], "as long as --time-limit says"),
+    "no time": (["generate", PROMPT, "--budget", "none", "--time-limit", "nan"], "time_limit"),
+    "time as a word": (["generate", PROMPT, "--time-limit", "soon"], "--time-limit: invalid float"),
     "no command": ([], "command"),
     "unknown command": (["paint"], "invalid choice: 'paint'"),
     "no prompt": (["generate"], "required: prompt"),
@@ -368,7 +436,7 @@ def test_a_search_that_cannot_end_is_one_line(case, toy, tmp_path, monkeypatch, 
 
 
 def test_doctor(monkeypatch, capsys):
-    monkeypatch.setitem(cli.PACKAGES, "no-such-package", "plots")
+    monkeypatch.setitem(versions.PACKAGES, "no-such-package", "plots")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     cli.main(["doctor"])

@@ -1,17 +1,22 @@
 """Comparison and calibration on a tiny FLUX.1 pipeline with random weights, and their figures on made-up lines."""
 
+import contextlib
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
-from tiny import brightness, tiny_flux
+from tiny import brightness, forward_sizes, tiny_flux
 
 import ses_fast
-from ses_fast import calibrate, cli, commands, compare, models, tables
-from ses_fast.methods import METHODS, MIX, PARTS
+from ses_fast import answers, calibrate, cli, commands, compare, models, tables
+from ses_fast.answers import Search
+from ses_fast.methods import METHODS, MIX, PARTS, Method, named
 from ses_fast.pipelines import Preview, SESConfig
 from ses_fast.pipelines.diffsynth.documented import Flow
+from ses_fast.rewards.weighted import WeightedReward
+from ses_fast.strategies import STRATEGIES
 from ses_fast.studio import Studio, score_of
 
 PROMPT = "a red fox"
@@ -46,8 +51,8 @@ def plan():
 def test_previews_that_are_final_images_are_taken_as_the_answers(studio, name):
     method, budgets = METHODS[name], (10, 20)
     assert method.shows_its_image(budgets)
-    shown = compare.answers(studio, method, PROMPT, 0, "brightness", budgets)
-    rendered = [image for image, _ in compare._searched(studio, method, PROMPT, 0, "brightness", budgets)]
+    shown = answers.answers(studio, method, Search(PROMPT, 0, brightness, budgets))
+    rendered = [image for image, _ in answers.searched(studio, method, Search(PROMPT, 0, brightness, budgets))]
     for one, other in zip(shown, rendered, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0.02)  # a picture has whole grey levels
     alone = studio.search(PROMPT, 0, brightness, 10, strategy=method.strategy, preview=method.preview)[0]
@@ -61,7 +66,7 @@ def test_what_makes_its_image_anew_says_so():
 
 
 def test_the_reference_is_the_installed_search(studio):
-    images, seconds = compare._documented(studio, PROMPT, 5, "brightness", (2, 4), final=True)
+    images, seconds = answers.documented(studio, Search(PROMPT, 5, brightness, (2, 4)), final=True)
     flow = Flow(tiny_flux(), PROMPT, seed=5, num_inference_steps=4, **SIZE)
     torch.manual_seed(5)
     noise = flow.search(lambda picture: score_of(brightness, studio.tensor(picture), PROMPT), 4, level=1)
@@ -73,11 +78,11 @@ def test_the_reference_is_the_installed_search(studio):
 
 def test_the_costs_of_a_larger_budget_hold_those_of_the_smaller(studio):
     drafts = METHODS["best of N drafts"]
-    small, large = compare.costs(studio, drafts, PROMPT, 0, "brightness", (2, 4), guided=1)
+    small, large = answers.costs(studio, drafts, Search(PROMPT, 0, brightness, (2, 4)), guided=1)
     assert (small.previews, large.previews) == (2 * 2, 4 * 2), "half of four steps each"
     assert small.finals == 2 * 4 and large.finals in (3 * 4, 4 * 4), "the best three, and the base where it is none"
     assert 0 < small.denoise < large.denoise and 0 < small.seconds < large.seconds
-    plain = compare.costs(studio, METHODS["no search"], PROMPT, 0, "brightness", (2, 4), guided=1)
+    plain = answers.costs(studio, METHODS["no search"], Search(PROMPT, 0, brightness, (2, 4)), guided=1)
     assert [each.finals for each in plain] == [4, 4] and plain[0].previews == 0
 
 
@@ -108,8 +113,103 @@ def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypat
     real = compare.measured
     monkeypatch.setattr(compare, "measured", lambda *args: done.append(args[3:]) or real(*args))
     again = compare.run(lambda: studio, plan, tmp_path, rounds=1)
-    assert done == [(1, "brightness")]
+    assert done == [(1, ["brightness"])]
     assert again == figures
+
+
+def test_what_methods_and_tasks_share_changes_no_figure(studio, monkeypatch):
+    both = Studio(studio.pipe, {"brightness": brightness, "redness": redness}, steps=3, arguments=SIZE)
+    methods = ("no search", "reference", "random", "two_stage", "+ race", "mix")
+    plan = compare.Plan((PROMPT,), ("brightness", "redness"), (10, 12), methods=methods)
+    with forward_sizes(both.pipe) as shared:
+        lines = compare.measured(both, plan, (), 0, plan.tasks)
+    monkeypatch.setattr(compare, "sharing", lambda kept: contextlib.nullcontext())
+    monkeypatch.setattr(
+        compare, "answers", lambda studio, method, search, pictures: answers.answers(studio, method, search)
+    )
+    with forward_sizes(both.pipe) as apart:
+        assert compare.measured(both, plan, (), 0, plan.tasks) == lines
+    assert sum(shared) < 0.75 * sum(apart), (sum(shared), sum(apart))
+    assert [(line["prompt"], line["task"], list(line["methods"])) for line in lines] == [
+        (0, "brightness", list(methods)),
+        (0, "redness", list(methods)),
+    ]
+    plain = [line["methods"]["no search"] for line in lines]
+    assert plain[0]["by redness"] == plain[1]["reward"] and plain[0]["reward"] == plain[1]["by brightness"]
+
+
+def test_prompts_are_measured_in_an_order_of_which_any_first_ones_are_fair(studio, tmp_path):
+    order = compare.Plan(tuple("abcdefghi"), ("brightness",), (2,)).order
+    assert sorted(order) == list(range(9)) and [number % 2 for number in order] == [0, 1] * 4 + [0]
+    assert order[::2] != sorted(order[::2])
+    plan = compare.Plan(("a", "b", "c", "d", "e"), ("brightness",), (2,), methods=("no search",))
+    for sample in (2, 4, 3):
+        figures = compare.run(lambda: studio, plan, tmp_path, rounds=1, sample=sample)
+    done = [json.loads(line)["prompt"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert done == plan.order[:4], "each once, and a smaller sample takes nothing away"
+    halves = figures["tasks"]["brightness"]
+    assert len(halves["even"]["prompts"]) == len(halves["odd"]["prompts"]) == 2
+
+
+def test_a_sum_of_rewards_is_a_task_with_one_scale_for_all_methods(studio, tmp_path):
+    both = WeightedReward({"brightness": brightness, "redness": redness}, {"brightness": 1.0, "redness": 1.0})
+    rewards = {"brightness": brightness, "redness": redness, "brightness+redness": both}
+    summed = Studio(studio.pipe, rewards, steps=2, arguments=SIZE)
+    plan = compare.Plan((PROMPT, "a blue owl"), tuple(rewards), (3,), methods=("no search", "reference", "random"))
+    figures = compare.run(lambda: summed, plan, tmp_path, rounds=1)
+    found = summed.search(PROMPT, 0, both, 10, strategy="random")[1]
+    scale = answers.scaled(summed, "brightness+redness", PROMPT, 0).scale
+    assert scale == both.with_scale(found.state.fingerprint["scale"]).scale
+    rows = figures["tasks"]["brightness+redness"]["even"]["methods"]
+    for method in ("no search", "reference", "random"):
+        row = rows[method]["budgets"][0]
+        worth = sum((row[f"by {name}"][0] - mean) / deviation for name, (mean, deviation) in scale.items())
+        assert row["reward"][0] == pytest.approx(worth, abs=1e-4)
+    assert rows["random"]["budgets"][0]["reward to no search"][0] >= 0
+    text = (tmp_path / "compare.md").read_text()
+    table = text.split("## By which reward to search")[1]
+    assert "| method | searched with | brightness | redness |" in table
+    assert "| random | brightness+redness |" in table and "| random | redness |" in table
+
+
+def test_previews_without_guidance_are_compared_where_the_call_guides(studio, tmp_path):
+    guided = Studio(
+        studio.pipe, studio.rewards, steps=2, arguments=SIZE | {"cfg_scale": 3.0, "negative_prompt": "dark"}
+    )
+    plan = compare.Plan((PROMPT,), ("brightness",), (10,), methods=("two_stage", "+ no guidance"))
+    figures = compare.run(lambda: guided, plan, tmp_path / "guided", rounds=1)
+    methods = figures["tasks"]["brightness"]["even"]["methods"]
+    assert methods["two_stage"]["budgets"][0]["forwards"] == 10 * 2 * 2 + 2 * 2
+    assert methods["+ no guidance"]["budgets"][0]["forwards"] == 10 * 2 + 2 * 2
+    figures = compare.run(lambda: studio, plan, tmp_path / "plain", rounds=1)
+    assert list(figures["tasks"]["brightness"]["even"]["methods"]) == ["two_stage"]
+    assert "no guidance to leave out" in figures["refused"]["+ no guidance"]
+
+
+def test_groups_of_methods_go_by_a_name():
+    assert named(["quick", "pcn", "random"])[0] == "no search" and named(["quick", "pcn"]).count("random") == 1
+    assert set(named(["quick", "pcn"])) == set(named(["quick"])) | {"pcn"}
+    assert {method.name for method in PARTS.values()} < set(named(["parts"]))
+    assert named(["all"]) == tuple(METHODS) and named(["ses", "magic"]) == ("ses", "magic")
+    usual = named(["usual"])
+    assert {"random", "zero-order", "reference", "ses", "cem whole noise", "cem high band"} < set(usual)
+    assert {"best of N drafts", "best of N raced", "two_stage", "best_both", "pcn", "mix"} < set(usual)
+    assert {METHODS[name].strategy for name in named(["strategies"])} - {None} == set(STRATEGIES)
+
+
+def test_own_settings_are_a_method(studio, tmp_path):
+    config = SESConfig(popsize=4, k_elites=3, strategy="ranked", dwt_level=2, preview=Preview(refine=1))
+    own = Method.of(config, 0.5, "own", "mine")
+    plan = compare.Plan((PROMPT,), ("brightness",), (4, 8), methods=("random", "own"), own=own)
+    figures = compare.run(lambda: studio, plan, tmp_path, rounds=1)
+    found = figures["tasks"]["brightness"]["even"]["methods"]["own"]["budgets"][1]
+    settings = {"popsize": 4, "k_elites": 3, "strategy": "ranked", "dwt_level": 2, "preview": config.preview}
+    result = studio.search(PROMPT, 0, brightness, 8, 2, **settings)[1]
+    assert found["reward"][0] == pytest.approx(result.score, abs=0.01), "a picture has whole grey levels"
+    assert "| own: mine |" in (tmp_path / "compare.md").read_text()
+    for changed in ({"seed": 3}, {"time_limit": 5}, {"include_base": False}):
+        with pytest.raises(ValueError, match=f"has its own {next(iter(changed))}"):
+            Method.of(dataclasses.replace(config, **changed), 1, "own", "")
 
 
 def test_workers_measure_the_same(studio, tmp_path):
@@ -117,7 +217,7 @@ def test_workers_measure_the_same(studio, tmp_path):
     figures = compare.run(load, plan, tmp_path, rounds=1, workers=2)
     for half, number in (("even", 0), ("odd", 1)):
         methods = figures["tasks"]["brightness"][half]["methods"]
-        line = compare.measured(studio, plan, (), number, "brightness")["methods"]
+        line = compare.measured(studio, plan, (), number, ["brightness"])[0]["methods"]
         for name, each in line.items():
             assert methods[name]["budgets"][0]["reward"][0] == pytest.approx(each["reward"][0][0], abs=1e-4)
 
@@ -169,7 +269,8 @@ def test_an_impossible_plan_is_refused(changes, words):
 def made_up(**rewards):
     """The figures of two even prompts and budgets 10 and 50; seconds are 2 and 10, of the reference 20 and 100."""
     methods = [name.replace("_", " ") for name in rewards]
-    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "about": {"model": "m"}}
+    settings = {"budgets": [10, 50], "tasks": ["clip"], "seeds": 1, "about": {"model": "m"}}
+    settings["methods"] = {name: dataclasses.asdict(METHODS[name]) for name in methods}
     settings["machine"] = {"rounds": 3, "threads": 1}
     rows = [
         {
@@ -228,7 +329,7 @@ def test_a_method_that_is_another_ones_but_for_its_time_has_its_rewards():
 
 
 def test_every_part_of_the_mix_is_left_out_once():
-    parts = {name: part for name, part in PARTS.items()}
+    parts = dict(PARTS)
     assert parts["batches and linears"].batch_size == 1 and parts["batches and linears"].preview == MIX.preview
     assert parts["strategy"].strategy != MIX.strategy and parts["strategy"].preview == MIX.preview
     for name, usual in {"race": None, "scale": 1, "refine": 0}.items():
@@ -251,6 +352,7 @@ def look(scores, seconds=1.0):
 
 
 FULL = [[1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 1.0, 4.0, 2.0, 3.0]]
+FULL_STEPS = {"num_inference_steps": 4, "ses_inference_steps": 4}
 TURNED = [[-score for score in each] for each in FULL]
 
 
@@ -262,14 +364,18 @@ def test_the_cheapest_setting_that_ranks_well_enough_is_recommended():
         good: look([[2.0, 1.0, 3.0, 4.0, 5.0], FULL[1]], 0.25),
         better: look(FULL, 0.5),
     }
-    told = calibrate.advice(measured)
+    told = calibrate.advice(measured, 4)
     assert told.setting == good and told.race is None and told.level is None
     assert told.refine in range(1, 6) or told.refine == 0
+    assert told.settings["call"] == {"num_inference_steps": 4, "ses_inference_steps": 3}
     measured.settings.pop(good)
-    assert calibrate.advice(measured).settings["preview"]["scale"] == 2
+    assert calibrate.advice(measured, 4).settings["preview"]["scale"] == 2
     measured.settings.pop(better)
-    told = calibrate.advice(measured)
-    assert told.setting is None and told.settings == {"preview": {"scale": 1, "cfg": True, "refine": 0}}
+    told = calibrate.advice(measured, 4)
+    assert told.setting is None and told.settings == {
+        "preview": {"scale": 1, "cfg": True, "refine": 0},
+        "call": FULL_STEPS,
+    }
     assert "No cheaper setting" in calibrate.markdown(measured, told, {})
 
 
@@ -287,15 +393,18 @@ def test_a_race_is_worth_what_its_pick_is_over_what_it_costs():
     races = dict(calibrate.races(measured))
     # Three of five go on: half of each, and the other half of three.
     assert races[((0.5, 0.5),)] == pytest.approx(5 / (5 * 0.5 + 3 * 0.5), abs=1e-3)
-    told = calibrate.advice(measured)
-    assert told.race == ((0.5, 0.3),) and told.settings == {"preview": {"race": [[0.5, 0.3]]}}
+    told = calibrate.advice(measured, 4)
+    assert told.race == ((0.5, 0.3),) and told.settings == {
+        "preview": {"race": [[0.5, 0.3]]},
+        "call": FULL_STEPS,
+    }
     assert told.race_time == pytest.approx((5 * 0.5 + 2 * 0.5) / 5, abs=1e-3)
     measured.settings = {calibrate.Setting("2 steps", 2): look(FULL, 0.4)}
-    told = calibrate.advice(measured)
+    told = calibrate.advice(measured, 4)
     assert told.setting_time == pytest.approx((0.5 + 1) / 6, abs=1e-3) and not told.races
     assert "Written is the setting" in calibrate.markdown(measured, told, {})
     measured.early = {(2, 0.5): look(TURNED, 2.0)}
-    assert calibrate.advice(measured).race is None
+    assert calibrate.advice(measured, 4).race is None
 
 
 def test_the_low_band_decides_where_its_share_is_the_larger():
@@ -321,11 +430,23 @@ def test_a_pipeline_is_calibrated(studio, tmp_path):
     assert found.settings[half].scores[0] == pytest.approx([each.score for each in fewer.trace], abs=1e-5)
     assert all(each.cost(found.full) > 0 for each in found.settings.values())
     calibrate.write(
-        told := calibrate.advice(found), calibrate.markdown(found, told, {"model": "tiny"}), tmp_path / "s.json"
+        told := calibrate.advice(found, 4), calibrate.markdown(found, told, {"model": "tiny"}), tmp_path / "s.json"
     )
     config = SESConfig.from_file(tmp_path / "s.json")
     assert SESConfig(preview=Preview(**told.settings["preview"])).preview == config.preview
+    assert SESConfig.call_from_file(tmp_path / "s.json") == told.settings["call"]
     assert "| half the size |" in (tmp_path / "s.md").read_text()
+
+
+def test_previews_without_guidance_are_calibrated_where_the_call_guides(studio):
+    guided = Studio(
+        studio.pipe, studio.rewards, steps=2, arguments=SIZE | {"cfg_scale": 3.0, "negative_prompt": "dark"}
+    )
+    found = calibrate.measure(guided, brightness, [PROMPT], 3)
+    (setting,) = [each for each in found.settings if each.name == "without guidance"]
+    result = guided.search(PROMPT, 0, brightness, 3, strategy="random", popsize=3, preview=Preview(cfg=False))[1]
+    assert found.settings[setting].scores[0] == pytest.approx([each.score for each in result.trace], abs=1e-5)
+    assert found.settings[setting].scores[0] != pytest.approx(found.full.scores[0], abs=1e-5)
 
 
 def test_a_noise_with_its_low_band_kept_is_told_from_one_with_it_anew(studio):
@@ -404,7 +525,14 @@ def test_the_command_calibrates(tiny, tmp_path, capsys):
     out = tmp_path / "ses.json"
     cli.main(["calibrate", str(tmp_path / "prompts.txt"), *OPTIONS, "--noises", "3", "--out", str(out)])
     assert "# Previews against full fidelity" in capsys.readouterr().out
-    SESConfig.from_file(out)
+    assert SESConfig.call_from_file(out)["num_inference_steps"] == 2
+    arguments = ["compare", str(tmp_path / "prompts.txt"), *OPTIONS[:2], *OPTIONS[4:], "--methods", "random,ses"]
+    arguments += ["--budgets", "3", "--workers", "1", "--rounds", "1", "--config", str(out), "--sample", "1"]
+    cli.main([*arguments, "--out", str(tmp_path / "compared")])
+    assert f"| own: the settings of {out.name} |" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "compared" / "settings.json").read_text())
+    assert settings["about"]["steps"] == 2, "as the file says"
+    assert settings["own"]["steps"] * 2 == SESConfig.call_from_file(out)["ses_inference_steps"]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +542,12 @@ def test_the_command_calibrates(tiny, tmp_path, capsys):
         (["compare", "201"], "1 to 200 held-out captions"),
         (["compare", "2", "--tasks", "jpeg,jpeg"], "names one twice"),
         (["compare", "2", "--tasks", "beauty"], "beauty"),
+        (["compare", "2", "--tasks", "clip+clip"], "one reward twice"),
+        (["compare", "2", "--tasks", "clip+beauty"], "beauty"),
         (["compare", "2", "--budgets", "ten"], "must be whole numbers"),
+        (["compare", "2", "--sample", "0"], "at least 1"),
+        (["compare", "2", "--config", "timed.json"], "a comparison has its own time_limit"),
+        (["compare", "2", "--config", "steps.json", "--steps", "9"], "leave --steps 9 out"),
         (["compare", "2", "--methods", "magic"], "unknown method magic"),
         (["compare", "2", "--minutes", "nan"], "must be above 0"),
         (["compare", "foxes.txt"], "a red fox"),
@@ -426,6 +559,8 @@ def test_the_command_calibrates(tiny, tmp_path, capsys):
 def test_bad_arguments_end_in_one_line(tiny, arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foxes.txt").write_text("a red fox")
+    (tmp_path / "timed.json").write_text('{"time_limit": 5}')
+    (tmp_path / "steps.json").write_text('{"call": {"num_inference_steps": 8, "ses_inference_steps": 4}}')
     monkeypatch.setitem(models.MODELS, "embedded", lambda: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

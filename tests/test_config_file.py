@@ -48,6 +48,29 @@ def test_what_settings_gives_is_what_the_file_takes(settings, file):
     assert given.settings().keys() == {f.name for f in fields(SESConfig)} - set(config.CARRIED)
 
 
+def test_arguments_of_the_call_stand_apart(file):
+    path = file({"popsize": 3, "call": {"num_inference_steps": 8, "ses_inference_steps": 4}})
+    assert SESConfig.from_file(path) == SESConfig(popsize=3)
+    assert SESConfig.call_from_file(path) == {"num_inference_steps": 8, "ses_inference_steps": 4}
+    assert SESConfig.call_from_file(file(SETTINGS)) == {}
+
+
+BAD_CALLS = {
+    "an unknown name": ({"call": {"steps": 4}}, "call has no steps; it has num_inference_steps, ses_inference_steps"),
+    "a number": ({"call": 4}, "ses.json: call must be an object"),
+    "no steps": ({"call": {"ses_inference_steps": 0}}, "ses.json: call: ses_inference_steps"),
+    "half a step": ({"call": {"ses_inference_steps": 2.5}}, "ses.json: call: ses_inference_steps"),
+    "no JSON": ("{", "ses.json: Expecting"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case, file):
+    content, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        SESConfig.call_from_file(file(content))
+
+
 # What is in the file, and what the error says.
 BAD = {
     "an unknown name": ({"popsiez": 3}, "unknown settings popsiez; the known ones are popsize, k_elites"),

@@ -27,6 +27,7 @@ HEAVY = ("triton", "diffsynth", "diffusers", "transformers", "matplotlib", "pywt
 IMPORTS = {
     "__init__": {"batch", "embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
+    "answers": {"methods", "pipelines", "rewards", "studio"},
     "batch": {"checks", "files", "folder", "page", "pipelines", "prompts", "result"},
     "calibrate": {
         *("evolution", "files", "ops", "pipelines", "result"),
@@ -34,20 +35,21 @@ IMPORTS = {
     },
     "checks": {"reference"},
     "cli": {
-        *("batch", "commands", "embedded", "files", "folder", "job", "models", "ops"),
-        *("page", "pipelines", "prompts", "report", "rewards"),
+        *("batch", "commands", "folder", "generate", "job", "models", "ops", "page"),
+        *("prompts", "rewards", "versions"),
     },
     "commands": {
         *("calibrate", "compare", "embedded", "job", "methods", "models"),
         *("pipelines", "prompts", "report", "rewards", "studio", "tables"),
     },
-    "compare": {"files", "methods", "pipelines", "report", "studio", "tables"},
+    "compare": {"answers", "files", "methods", "pipelines", "report", "rewards", "studio", "tables"},
     "cpu": set(),
     "custom_op": set(),
     "embedded": {"_torchvision", "rewards"},
     "evolution": {"checks", "ops", "reference", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
+    "generate": {"embedded", "files", "job", "pipelines", "report", "versions"},
     "folder": {"files", "prompts", "result"},
     "job": {"embedded", "models", "pipelines", "rewards"},
     "kernels": {"custom_op", "reference"},
@@ -75,6 +77,7 @@ IMPORTS = {
     "stopwatch": set(),
     "studio": {"pipelines", "result", "rewards", "scores", "stopwatch"},
     "tables": {"methods", "statistics"},
+    "versions": set(),
     "_torchvision": set(),
     "errors": set(),
 }
@@ -94,9 +97,10 @@ IN_PIPELINES = {
     "request": {"config"},
     "run": {
         *("batching", "compiling", "config", "previews", "race"),
-        *("refining", "renderer", "request", "scoring"),
+        *("refining", "renderer", "request", "scoring", "sharing"),
     },
     "scoring": set(),
+    "sharing": {"renderer", "request"},
 }
 MOST_LINES = 450  # of a file under ses_fast/
 LONG = {"reference.py", "embedded/train.py"}

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ Race = Sequence[tuple[float, float]]  # (sigma, share) of each rung, both fallin
 # steps), 100 prompts of 200. On the others a budget of 50 in generations of 10 is worth some 1.2 (HPSv2), 1.4
 # (ImageReward) and 1.3 (PickScore) times its cost, where a decode and a score cost 0.15 forward.
 DEFAULT_RACE: Race = ((0.84, 0.7), (0.77, 0.5), (0.65, 0.25))
+
+# What a file may say of the call itself, in its object "call".
+CALL = ("num_inference_steps", "ses_inference_steps")
 
 # Fields that belong to one call: compared by identity, and printed in a word.
 CARRIED = ("generator", "on_generation", "on_preview", "state", "latents", "report_rewards")
@@ -173,14 +177,13 @@ class SESConfig:
     def from_file(cls, path: str | os.PathLike[str]) -> "SESConfig":
         """The settings in a JSON file, such as {"popsize": 20, "time_limit": 60}; others keep their defaults.
 
+        Its object "call" holds arguments of the call, which are no settings: see `call_from_file`.
+
         Raises ValueError for what is no such object, and for an unknown name or an impossible value; OSError for no
         such file.
         """
-        path = as_path("path", path)
-        try:
-            given = json.loads(path.read_bytes())
-            if not isinstance(given, dict):
-                raise ValueError("it is no JSON object of settings")
+        with _named(path):
+            given, _ = _read(path)
             if carried := given.keys() & set(CARRIED):
                 raise ValueError(f"{', '.join(sorted(carried))}: of one call, no settings; give them in the call")
             known = [f.name for f in fields(cls) if f.name not in CARRIED]
@@ -189,8 +192,20 @@ class SESConfig:
                     f"unknown settings {', '.join(sorted(unknown))}; the known ones are {', '.join(known)}"
                 )
             return cls(**{name: _from_json(name, value) for name, value in given.items()})
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from error
+
+    @staticmethod
+    def call_from_file(path: str | os.PathLike[str]) -> dict[str, int]:
+        """The arguments of the call in such a file, in its object "call"; none where there is none.
+
+        `ses-fast calibrate` writes the steps that it recommends there:
+        `pipe(prompt, enable_ses=True, ses_config=SESConfig.from_file(path), **SESConfig.call_from_file(path))`.
+        Raises as `from_file`.
+        """
+        with _named(path):
+            call = _read(path)[1]
+            if unknown := call.keys() - set(CALL):
+                raise ValueError(f"call has no {', '.join(sorted(unknown))}; it has {', '.join(CALL)}")
+            return {name: whole_number(f"call: {name}", value, 1) for name, value in call.items()}
 
     def settings(self) -> dict[str, Any]:
         """What `from_file` reads, as JSON: without what belongs to one call."""
@@ -221,6 +236,26 @@ class SESConfig:
     def __repr__(self) -> str:
         given = ((f, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default)
         return f"SESConfig({', '.join(f'{f.name}={_in_a_word(f.name, value)}' for f, value in given)})"
+
+
+@contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's name before what is wrong with it."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the settings, the call's arguments) in a file, as they stand there."""
+    given = json.loads(as_path("path", path).read_bytes())
+    if not isinstance(given, dict):
+        raise ValueError("it is no JSON object of settings")
+    call = given.pop("call", {})
+    if not isinstance(call, dict):
+        raise ValueError(f"call must be an object of arguments, got {call!r}")
+    return given, call
 
 
 # A setting that is a dataclass -> its class: in a file it is an object with that one's fields.

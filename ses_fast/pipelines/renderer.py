@@ -72,6 +72,7 @@ class Renderer(ABC):
     largest_decode: int | None = None
     static_shapes: bool = False  # whether a batch of another size costs a compilation
     models_take_turns: bool = False  # whether denoiser and decoder share the device's memory by turns
+    repeatable: bool = False  # whether `advance` and `decode` depend on their arguments alone, and may be left out
 
     def prepare(self, stage: str) -> None:  # noqa: B027
         """Called before a generation is brought through a stage, "denoise" or "decode": loads its models."""

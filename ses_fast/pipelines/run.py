@@ -22,6 +22,7 @@ from .refining import refine
 from .renderer import Renderer
 from .request import Request
 from .scoring import Scoring, scoring_of
+from .sharing import shared
 
 
 class Found(NamedTuple):
@@ -50,6 +51,7 @@ def search(
     """
     config, cheap = request.config, request.config.preview
     assert request.reward is not None
+    renderer, final = shared(renderer, request, "preview"), shared(final, request, "final")
     if request.steps > final.steps:
         warn(
             f"ses_inference_steps={request.steps} makes a preview cost more than the final image with its "

@@ -33,6 +33,7 @@ class Flow:
         self.scores: list[float] = []
         self.candidates: list[Tensor] | None = None  # a list, to keep what the search gave to score,
         self.images: list[Image.Image] = []  # and what was scored
+        self.pictures: dict[bytes, Image.Image] | None = None  # a dict, to render no noise again that is in it
 
     @property
     def base(self) -> Tensor:  # [1, C, h, w]
@@ -47,7 +48,7 @@ class Flow:
         """The best noise, [1, C, h, w]; draws from torch's global state, as `ses_search` does."""
 
         def objective(candidate: Tensor) -> float:
-            image = self.render(candidate)
+            image = self._picture(candidate)
             if self.candidates is not None:
                 self.candidates.append(candidate.clone())
                 self.images.append(image)
@@ -56,6 +57,14 @@ class Flow:
             return self.scores[-1]
 
         return stock.ses_search(self.base, objective, budget, popsize, k_elites, "db1", level)
+
+    def _picture(self, noise: Tensor) -> Image.Image:
+        if self.pictures is None:
+            return self.render(noise)
+        key = noise.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        if key not in self.pictures:
+            self.pictures[key] = self.render(noise)
+        return self.pictures[key]
 
     @torch.no_grad()
     def render(self, noise: Tensor) -> Image.Image:

@@ -45,6 +45,7 @@ class PipelineRenderer(Renderer):
         self.static_shapes = compilation(pipe) is not None
         self.both = None if self.model_fn is None else self._both_sides()
         self.largest_denoise = 1 if self.model_fn is None else None
+        self.repeatable = shared.get("tea_cache") is None  # which counts the steps that it sees
         self.largest_decode = 1 if shared.get("tiled") else None  # tiled decoding is chosen where memory is short
 
     def prepare(self, stage: str) -> None:
