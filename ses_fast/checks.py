@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -271,3 +271,13 @@ def check_options(*, time_limit: Any = None, **callbacks: Any) -> None:
     if time_limit is not None:
         if not isinstance(time_limit, Real) or isinstance(time_limit, bool) or not float(time_limit) > 0:
             raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r}")
+
+
+def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of each value in nested dicts that differs, by its dotted name."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        if was != now:
+            yield name or "all", was, now
+        return
+    for each in sorted(was.keys() | now.keys()):
+        yield from differences(was.get(each), now.get(each), f"{name}.{each}" if name else each)
