@@ -16,7 +16,7 @@ def together(work, size, *arguments, timeout=60, patience=120):
     """What `work(ranks, *arguments)` returns on each of `size` ranks: ("returned", value), ("raised", class, text), or
     ("died", exit code). work: a function of a module. timeout: of the group, in seconds; patience: the test's."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "tiny", "ses_fast.loop", "ses_fast.pipelines.diffsynth"])
+    context.set_forkserver_preload([work.__module__])  # and all that it imports; counts until the first process starts
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, os.environ.get("PYTHONPATH", ""))))
     port = free_port()
     children = []

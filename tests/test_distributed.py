@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import tiny
 import torch
 from ranks import returned, together
 
@@ -203,8 +204,6 @@ def hue(images, prompt):  # another one than brightness
 
 def of_pipeline(ranks, config, call, fault=""):
     """(the facts, what on_preview saw, a digest of the image, how many images the reward got at once)"""
-    import tiny
-
     pipe = ses_fast.enable(tiny.tiny_z_image())
     seen, sizes = [], []
 

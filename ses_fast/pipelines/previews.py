@@ -186,7 +186,7 @@ class Previews(Objective):
             draft = self._advanced(draft.rows(here.to(draft.latents.device)), to)
             is_last = to == self.renderer.steps
             seen = self._looked_at(draft.latents if is_last else _clean(draft))
-            if self.on_preview is not None:
+            if self.on_preview is not None and len(here):
                 images = _put(images, running[mine] - first, seen[0])
             scored = _put_scores(scored, running, seen[2])
             steps[running] = 0 if is_last else to
