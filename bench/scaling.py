@@ -68,8 +68,8 @@ def tables(budget: int, popsize: int, gpus: Sequence[int]) -> list[str]:
     count = [f"{n} GPU{'s' if n > 1 else ''}" for n in gpus]
     shared = ", ".join(f"{turns(budget, popsize, n)} on {n}" for n in gpus)
     return [
-        f"One prompt, budget {budget} in generations of {popsize}, the population shared: seconds (times as fast as one "
-        f"GPU). Previews that a GPU makes one after another: {shared}.",
+        f"One prompt, budget {budget} in generations of {popsize}, the population shared: seconds (times as fast as "
+        f"one GPU). Previews that a GPU makes one after another: {shared}.",
         "",
         *lines_of(("model", *count), one),
         "",

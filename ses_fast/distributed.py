@@ -200,22 +200,23 @@ class Group:
         """Each rank's value. Raises RankFailed where another one has an error; with one here the others are told."""
         failed = error is not None
         text = json.dumps(value if error is None else _in_words(error)).encode()
-        heads = self._gathered(torch.tensor([failed, len(text)]))
+        heads = [each.tolist() for each in self._gathered(torch.tensor([failed, len(text)]))]
         longest = max(length for _, length in heads)
         rows = self._gathered(torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8))
-        values = [json.loads(bytes(row)) for row in rows]
+        texts = [bytes(row[:length].tolist()) for row, (_, length) in zip(rows, heads, strict=True)]
+        values = [json.loads(text) for text in texts]
         if not failed:
             for rank, (has_failed, _) in enumerate(heads):
                 if has_failed:
                     raise RankFailed(rank, *values[rank])
         return values
 
-    def _gathered(self, mine: Tensor) -> list[list[int]]:  # [m] of one length on all ranks
+    def _gathered(self, mine: Tensor) -> list[Tensor]:  # [m], of one length on all ranks
         mine = mine.to(self.device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         with _in_touch():
             dist.all_gather(every, mine, group=self.group)
-            return [each.tolist() for each in every]
+            return [each.cpu() for each in every]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ HEAVY = ("triton", "diffsynth", "diffusers", "transformers", "matplotlib", "pywt
 # Who imports whom, no more and no less (each may also import `errors` and its own package). `loop` receives callables:
 # no pipeline or reward.
 IMPORTS = {
-    "__init__": {"batch", "embedded", "loop", "ops", "pipelines", "result", "rewards"},
+    "__init__": {"batch", "distributed", "embedded", "loop", "ops", "pipelines", "result", "rewards"},
     "__main__": {"cli"},
     "batch": {"checks", "digests", "distributed", "folder", "page", "pipelines", "prompts", "result"},
     "calibrate": {
