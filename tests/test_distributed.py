@@ -260,7 +260,8 @@ def test_previews_are_shared_and_nothing_changes(case, size):
     found, seen, image, sizes = of_pipeline(ALONE, dict(config), dict(call))
     said = returned(together(of_pipeline, size, config, call))
     for each in said:
-        assert each[0] == found and each[2] == image and set(each[3]) == {1} == set(sizes)
+        assert each[0] == found and each[2] == image
+    assert {size for each in said for size in each[3]} == {1} == set(sizes)  # a rank may have none
     assert sum(sum(each[3]) for each in said) == sum(sizes)  # no image is scored twice
     own = said[0][1]  # what the first rank's callback saw: its own, and they are those of one process
     assert own and set(own) < set(seen) and not any(each[1] for each in said[1:])
