@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,8 +256,10 @@ def kill_at_random(file, tmp_path, ids, options, kills, seed):
         pids = ranks_of(launcher) if launcher.poll() is None else {}
         if len(whom) < kills and len(pids) == 2:
             time.sleep(rng.uniform(0, 1.5))
-            whom.append(("launcher", 0, 1)[len(whom) % 3])
-            os.kill(launcher.pid if whom[-1] == "launcher" else pids[whom[-1]], signal.SIGKILL)
+            next_one = ("launcher", 0, 1)[len(whom) % 3]
+            with suppress(ProcessLookupError):  # it has ended its work, and the next command's is killed
+                os.kill(pids.get(next_one, launcher.pid), signal.SIGKILL)
+                whom.append(next_one)
         code = launcher.wait(120)
         until(lambda: all(map(is_gone, pids.values())))  # noqa: B023
         if code == 0:
