@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import batch, embedded, ops
+    from . import batch, distributed, embedded, ops
     from .loop import evolve, search
     from .ops import set_backend
     from .pipelines import Preview, SESConfig, disable, enable
@@ -22,6 +22,7 @@ __all__ = [
     "SearchResult",
     "batch",
     "disable",
+    "distributed",
     "embedded",
     "enable",
     "evolve",

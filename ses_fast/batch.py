@@ -2,6 +2,8 @@
 
 for result in ses_fast.batch.run(pipe, "prompts.csv", "out", ses_reward_model="pick", num_inference_steps=8):
     print(result.id, result.base_score, result.score)
+
+Several processes share the prompts (each takes the next one that is left), or the population of each search.
 """
 
 import functools
@@ -20,6 +22,8 @@ from tqdm import tqdm
 
 from . import __version__
 from .checks import check_truths, whole_number
+from .digests import digest, digest_of_weights
+from .distributed import ALONE, LostRank, RankFailed, Ranks, ranks_of
 from .errors import warn
 from .files import as_path
 from .folder import DONE, FAILED, CannotWrite, Folder, Result
@@ -31,6 +35,7 @@ from .prompts import Prompt, as_prompts, read_prompts
 from .result import SearchResult
 
 HOW = ("batch_size", "backend", "progress")  # settings that change how a batch runs, not what it makes
+SHARDS = ("prompts", "population")  # what several processes share
 MOST_CHARACTERS = 4_000  # of an error's traceback that are kept
 
 
@@ -47,6 +52,8 @@ def run(
     model: str | None = None,
     restart: bool = False,
     progress: bool = True,
+    shard: str | None = None,
+    process_group: Any = "auto",
     **call: Any,
 ) -> Iterator[Result]:
     """Makes the image of each prompt, with and without search, in the folder `out`; see `folder` for what is there.
@@ -59,11 +66,22 @@ def run(
     again, failed ones are. `restart` removes what an earlier run made. The settings must be those of the earlier run,
     but for SESConfig's batch_size, backend and progress.
 
-    Yields the results of finished prompts first, then each prompt's as it ends. A prompt that raises is a result with
-    an `error`, and the rest go on. At the end summary.json and index.html are written.
+    process_group: the processes that work together, as in `evolve`: each calls `run` with the same arguments, and works
+    in the same folder. shard: what they share. "prompts": each searches alone, and takes the next prompt that is left.
+    "population": all search for the same prompt, and share its previews. None: the prompts, where there are as many as
+    processes. The images are those of one process, as said in `evolve`.
 
-    Raises ValueError for bad input, before any work; CannotWrite (an OSError) where the folder takes no more.
+    Yields the results of finished prompts first, then each prompt's as it ends; the first process those of the others
+    at the end, and the others only their own. A prompt that raises is a result with an `error`, and the rest go on. At
+    the end summary.json and index.html are written. The first process shows the bar; callbacks are those of the process
+    that searches, and of the first where all do.
+
+    Raises ValueError for bad input, before any work; CannotWrite (an OSError) where the folder takes no more;
+    `distributed.RankFailed` where another process ends the batch, `distributed.LostRank` where one is gone.
     """
+    ranks = ranks_of(process_group)
+    if shard is not None and shard not in SHARDS:
+        raise ValueError(f"shard must be one of {', '.join(SHARDS)}, or None; got {shard!r}")
     if not hasattr(type(pipe), "ses_result"):
         raise ValueError(f"{type(pipe).__name__} has no documented call: ses_fast.enable(pipe) first")
     config = _checked_config(ses_config)
@@ -98,13 +116,60 @@ def run(
         "ses_eval_budget": ses_eval_budget,
         "ses_inference_steps": ses_inference_steps,
     }
-    folder = Folder(out, settings, restart=restart)
+    with ranks.joined():
+        if ranks.size > 1:
+            asked = {"prompts": digest(wanted), "shard": shard, "restart": restart, "weights": _weights(pipe)}
+            ranks.compare(settings | asked)
+        folder, left = _opened(out, settings, restart, ranks, wanted, seed)
+    shard = shard or ("prompts" if len(left) >= ranks.size else "population")
+    if shard == "population" and ranks.size > 1:
+        config = replace(config, process_group=ranks)
+        if ranks.rank == 0:
+            warn(_said_of_population(config.popsize, ranks.size, len(left)))
+    work = _Work(pipe, folder, config, seed, call, ses, ranks if shard == "population" else ALONE, ranks)
+    return _results(work, wanted, left, settings, progress)
+
+
+def _opened(
+    out: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    restart: bool,
+    ranks: Ranks,
+    wanted: Sequence[Prompt],
+    seed: int,
+) -> tuple[Folder, list[Prompt]]:
+    """(the folder, the prompts that are left): the first rank looks after it, and then the others work in it too."""
+    folder, numbers = None, []
     try:
-        left = [prompt for prompt in wanted if not folder.finished(prompt, _seed(prompt, seed))]
+        if ranks.rank == 0:
+            folder = Folder(out, settings, restart=restart)
+            numbers = [i for i, prompt in enumerate(wanted) if not folder.finished(prompt, _seed(prompt, seed))]
+        numbers = ranks.agree(numbers)
+        if folder is None:
+            folder = Folder(out, settings, rank=ranks.rank)
+        ranks.agree(None)  # another may be kept out of it
     except BaseException:
-        folder.close()
+        if folder is not None:
+            folder.close()
         raise
-    return _results(_Work(pipe, folder, config, seed, call, ses), wanted, left, settings, progress)
+    return folder, [wanted[i] for i in numbers]
+
+
+def _weights(pipe: Any) -> list[str]:
+    """A digest of each model of the pipeline."""
+    parts = [pipe] if isinstance(pipe, torch.nn.Module) else getattr(pipe, "components", {}).values()
+    return [digest_of_weights(part) for part in parts if isinstance(part, torch.nn.Module)]
+
+
+def _said_of_population(popsize: int, size: int, prompts: int) -> str:
+    """What limits the speed where `size` processes share the population."""
+    turns = -(-popsize // size)
+    better = f"; popsize {turns * size} would use all of them" if popsize % size else ""
+    instead = f'. There are {prompts} prompts: shard "prompts" keeps all busy' if prompts >= size else ""
+    return (
+        f"{size} processes share generations of {popsize}: {turns} turns each, at most {popsize / turns:.3g} times as "
+        f"fast as one{better}{instead}"
+    )
 
 
 def _checked_config(config: SESConfig | None) -> SESConfig:
@@ -114,6 +179,8 @@ def _checked_config(config: SESConfig | None) -> SESConfig:
     for name in ("state", "latents", "generator"):
         if getattr(config, name) is not None:
             raise ValueError(f"SESConfig({name}=) is of one call, and a batch makes many: leave it out")
+    if config.process_group is not None:
+        raise ValueError("SESConfig(process_group=) is of one call: give process_group= to the batch itself")
     return replace(config, progress=False)  # the batch has a bar of its own
 
 
@@ -124,33 +191,50 @@ def _names(rewards: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
 def _results(
     work: "_Work",
     wanted: Sequence[Prompt],
-    left: Sequence[Prompt],  # not yet finished; whoever shares them out gives each process its own
+    left: Sequence[Prompt],  # not yet finished
     settings: Mapping[str, Any],
     progress: bool,
 ) -> Iterator[Result]:
-    folder = work.folder
-    with folder:
+    folder, ranks = work.folder, work.all
+    with folder, ranks.joined():
         todo = {prompt.id for prompt in left}
         finished = [prompt for prompt in wanted if prompt.id not in todo]
-        for prompt in finished:
-            if folder.results[prompt.id].columns != prompt.columns:  # the file says more than it did
-                folder.add(replace(folder.results[prompt.id], columns=dict(prompt.columns)))
-            yield folder.results[prompt.id]
+        if ranks.rank == 0:
+            for prompt in finished:
+                if folder.results[prompt.id].columns != prompt.columns:  # the file says more than it did
+                    folder.add(replace(folder.results[prompt.id], columns=dict(prompt.columns)))
+                yield folder.results[prompt.id]
         each = work.ses["ses_eval_budget"] or 1  # of the bar's steps
-        count, failed = len(finished), 0
+        failed, own = 0, set()
         with tqdm(
-            total=len(wanted) * each, initial=count * each, unit="preview", disable=not progress, smoothing=0.1
+            total=len(wanted) * each,
+            initial=len(finished) * each,
+            unit="preview",
+            disable=not progress or ranks.rank > 0,
+            smoothing=0.1,
         ) as bar:
-            for prompt in left:
+            for number in work.turns(len(left)):
+                count = len(finished) + max(0, number - (ranks.size - work.together.size))  # the others' are under way
                 bar.set_description(f"{count}/{len(wanted)} prompts, {failed} failed")
+                prompt = left[number]
                 result = work.result(prompt, functools.partial(_advance, bar, count * each, each))
-                folder.add(result)
-                if result.status == DONE:
-                    folder.remove(folder.search(result.stem))
-                count, failed = count + 1, failed + (result.status == FAILED)
-                _advance(bar, count * each, each, 0)
+                if work.writes:
+                    folder.add(result)
+                    if result.status == DONE:
+                        folder.remove(folder.search(result.stem))
+                    own.add(prompt.id)
+                failed += result.status == FAILED
+                _advance(bar, (count + 1) * each, each, 0)
                 yield result
-            bar.set_description(f"{count}/{len(wanted)} prompts, {failed} failed")
+            ranks.agree(None)  # all have written what they did
+            if ranks.rank:
+                return
+            folder.take_in()
+            others = [folder.results[prompt.id] for prompt in left if prompt.id not in own]
+            failed += sum(result.status == FAILED for result in others)
+            _advance(bar, len(wanted) * each, each, 0)
+            bar.set_description(f"{len(wanted)}/{len(wanted)} prompts, {failed} failed")
+        yield from others
         if not folder.is_summarised():
             results = _in_order(folder.results, wanted)
             summary = summarised(results) | {"settings": settings, "versions": _versions()}
@@ -172,6 +256,17 @@ class _Work:
     seed: int
     call: Mapping[str, Any]
     ses: Mapping[str, Any]  # the documented arguments
+    together: Ranks  # that search for the prompt together
+    all: Ranks  # of the batch
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is found is this process's to write."""
+        return self.together.rank == 0
+
+    def turns(self, count: int) -> Iterator[int]:
+        """Which of `count` prompts are this process's, one after another: all, where the processes work together."""
+        return iter(range(count)) if self.together is self.all else self.all.take(count)
 
     def result(self, prompt: Prompt, advance: Callable[[int], Any]) -> Result:
         """Whatever the prompt raises is in the result. What the folder cannot take, and Ctrl-C, leave."""
@@ -186,10 +281,13 @@ class _Work:
             columns=dict(prompt.columns),
         )
         try:
-            return self._done(prompt, result, advance)
-        except CannotWrite:
+            with self.together.joined():
+                return self._done(prompt, result, advance)
+        except (CannotWrite, LostRank):
             raise
         except Exception as error:
+            if isinstance(error, RankFailed) and (error.stopped or error.kind == CannotWrite.__name__):
+                raise
             result = replace(
                 result,
                 error=_utf8(f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]),
@@ -207,12 +305,14 @@ class _Work:
             return self.pipe(prompt.text, **_seeded(self.pipe, result.seed), **arguments, **ses)
 
         begin = time.perf_counter()
-        base = picture(call(enable_ses=False))
+        base = picture(call(enable_ses=False)) if self.writes else None
         base_seconds = time.perf_counter() - begin
         answer = picture(self._searched(call, result.stem, advance))
         found = self.pipe.ses_result
-        self.folder.write(self.folder.image(result.stem, base=True), functools.partial(base.save, format="PNG"))
-        self.folder.write(self.folder.image(result.stem), functools.partial(answer.save, format="PNG"))
+        for image, is_base in ((base, True), (answer, False)):
+            if image is not None and self.writes:
+                path = self.folder.image(result.stem, base=is_base)
+                self.folder.write(path, functools.partial(image.save, format="PNG"))
         seconds = {"base": base_seconds, **found.seconds}
         seconds["total"] += base_seconds
         return replace(
@@ -237,6 +337,7 @@ class _Work:
 
         def on_generation(found: SearchResult) -> None:
             self.folder.save_search(stem, found)
+            self.all.in_touch()
             advance(found.evaluations)
             if self.config.on_generation is not None:
                 self.config.on_generation(found)

@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -349,3 +349,13 @@ def check_options(*, time_limit: Any = None, **callbacks: Any) -> None:
         seconds = isinstance(time_limit, Real) and not isinstance(time_limit, bool)
         if not seconds or not 0 < time_limit <= MOST_SECONDS:  # without an end a search without a budget has none
             raise ValueError(f"time_limit must be seconds above 0, got {time_limit!r:.100}: None is no limit")
+
+
+def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of each value in nested dicts that differs, by its dotted name."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        if was != now:
+            yield name or "all", was, now
+        return
+    for each in sorted(was.keys() | now.keys()):
+        yield from differences(was.get(each), now.get(each), f"{name}.{each}" if name else each)

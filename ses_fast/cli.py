@@ -11,6 +11,8 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +23,7 @@ from .commands import HELDOUT, prepare_calibrate, prepare_compare
 from .generate import prepare_generate
 from .job import EMBEDDED, STEPS, Job, check_writable
 from .models import MODEL_HELP, quiet
-from .prompts import FORMATS, read_prompts
+from .prompts import FORMATS, Prompt, read_prompts
 from .versions import PACKAGES, versions
 
 MOST_FAILURES = 10  # that are printed
@@ -38,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work = args.prepare(args)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        from .distributed import RankFailed
+
+        if isinstance(error, RankFailed):  # which says it there
+            raise SystemExit(2) from error
+        raise
     try:
         work()
     except KeyboardInterrupt:
@@ -59,15 +67,22 @@ def _is_refusal(error: BaseException) -> bool:
 
 def _batch(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments of `batch` and its prompts, and loads what they name."""
-    job = Job.of(args)
-    prompts = read_prompts(args.prompts, args.format)
-    check_writable(job.out)
-    from . import batch  # here, so that a missing package is said before anything is loaded
+    from . import distributed
 
-    pipe, reward, config = job.load()
+    ranks = distributed.start(timedelta(minutes=args.timeout))
+    with ranks.joined():
+        job = Job.of(args)
+        # One process reads them: of standard input each would get a part.
+        found = ranks.agree(
+            [asdict(each) for each in read_prompts(args.prompts, args.format)] if not ranks.rank else None
+        )
+        check_writable(job.out)
+        from . import batch  # here, so that a missing package is said before anything is loaded
+
+        pipe, reward, config = job.load()
     results = batch.run(
         pipe,
-        prompts,
+        [Prompt(**each) for each in found],
         job.out,
         ses_reward_model=reward,
         ses_eval_budget=job.budget,
@@ -76,15 +91,22 @@ def _batch(args: argparse.Namespace) -> Callable[[], None]:
         seed=job.seed,
         model=job.model,
         restart=bool(args.restart),
+        shard=args.shard,
+        process_group=ranks,
         num_inference_steps=job.steps,
         **quiet(pipe),
         **job.size,
     )
-    return partial(_work_through, results, job.out)
+    return partial(_work_through, results, job.out, ranks.rank)
 
 
-def _work_through(results: Iterable[Any], out: Path) -> None:
-    """Exits with code 1 where a prompt failed or the folder takes no more, and with 130 after Ctrl-C."""
+def _work_through(results: Iterable[Any], out: Path, rank: int) -> None:
+    """Exits with code 1 where a prompt failed, the folder takes no more or a process is gone; with 130 after Ctrl-C.
+
+    Of several processes the first one alone says what was done, and that a prompt failed: when one has an exit code,
+    torchrun ends the others.
+    """
+    from .distributed import LostRank, RankFailed, stop
     from .folder import CannotWrite
     from .page import shown
 
@@ -93,9 +115,12 @@ def _work_through(results: Iterable[Any], out: Path) -> None:
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    except CannotWrite as error:
+    except (CannotWrite, LostRank, RankFailed) as error:
         print(f"ses-fast: error: {error}. The same command goes on from here", file=sys.stderr)
         raise SystemExit(1) from error
+    stop()
+    if rank:
+        return
     failed = [result for result in done if result.error]
     for result in failed[:MOST_FAILURES]:
         print(f"failed       {result.stem}: {' '.join(shown(result.error, 200).split())}")
@@ -211,6 +236,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     batch.add_argument("--format", choices=FORMATS, help="of the file (default: by its suffix, or what it looks like)")
     batch.add_argument("--restart", action="store_true", default=None, help="begin anew: remove what is in the folder")
+    batch.add_argument(
+        "--shard",
+        choices=("prompts", "population"),
+        help="what the processes of torchrun share (default: the prompts, where there are as many as processes)",
+    )
+    batch.add_argument(
+        "--timeout", type=_at_least(1), default=60, help="minutes that one process of torchrun waits for the others"
+    )
     _add_search_options(batch, "folder for the images, results.jsonl, summary.json and index.html")
     batch.set_defaults(prepare=_batch)
 

@@ -2,12 +2,14 @@
 
     batch.json           the settings, which every run in this folder shares
     results.jsonl        a line a prompt that ended; of several with one id the last counts
+    results.N.jsonl      the same of process N, while several work; taken into results.jsonl when they have ended
     images/              NAME.png, the answer, and NAME.base.png, the image without search
     searches/            NAME.safetensors, a search under way, after its last complete generation
     summary.json, index.html
 
-Every file but results.jsonl appears whole. There a line is on the disk before the next prompt begins, and a last line
-that was cut off is dropped. What cannot be written is an error of the folder, not of the prompt.
+Every file but these two appears whole. Each of them has one writer, which holds a lock of its own. There a line is on
+the disk before the next prompt begins, and a last line that was cut off is dropped. What cannot be written is an error
+of the folder, not of the prompt.
 """
 
 import json
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from .checks import differences
 from .errors import missing_extra
 from .files import write_whole
 from .prompts import Prompt, file_stem
@@ -145,25 +148,33 @@ KINDS: dict[str, Fits] = {
 
 
 class Folder:
-    """The folder at `path`, which this process alone works in until `close`.
+    """The folder at `path`, which the processes of one run alone work in until `close`.
 
     settings: what every run in it shares, as JSON. restart: what an earlier batch left is removed first.
+    rank: of this process. The first one looks after the folder, and opens it before the others do.
 
     Raises ValueError where another process works in it, where an earlier batch had other settings (the message says
     which), and for a file that no batch has written; CannotWrite where it cannot be written to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, restart: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, restart: bool = False, rank: int = 0
+    ) -> None:
+        self.path, self.rank = Path(path), rank
         self.results: dict[str, Result] = {}  # by id, the last of each
         with self._writing(self.path):
             for folder in (self.path, self.images, self.searches):
                 folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._lock = self._locked(rank)
+        if rank > 0:
+            return
         try:
+            for other in self.path.glob(".lock.*"):  # whoever holds it has outlived an earlier run
+                self._locked(int(other.suffix[1:])).release()
             self._tidy(restart)
             self._share(settings)
-            self._read()
+            self._read(self._record)
+            self.take_in()
             self._forget_finished()
         except BaseException:
             self.close()
@@ -187,7 +198,13 @@ class Folder:
 
     @property
     def _record(self) -> Path:
-        return self.path / "results.jsonl"
+        return self.path / (f"results.{self.rank}.jsonl" if self.rank else "results.jsonl")
+
+    @property
+    def _others(self) -> list[Path]:
+        """The records of other processes, in the order of their ranks."""
+        records = self.path.glob("results.*.jsonl")
+        return sorted((path for path in records if path.name.split(".")[1].isdecimal()), key=_rank_of)
 
     @property
     def _settings(self) -> Path:
@@ -242,12 +259,21 @@ class Folder:
 
     def add(self, result: Result) -> None:
         """Puts a line in results.jsonl; it is on the disk when this returns."""
-        line = json.dumps(asdict(result), allow_nan=False) + "\n"
         with self._writing(self._record), self._record.open("ab") as file:
-            file.write(line.encode())
+            file.write(_line(result))
             file.flush()
             os.fsync(file.fileno())
         self.results[result.id] = result
+
+    def take_in(self) -> None:
+        """Takes the results of the other processes, which have ended, into results.jsonl."""
+        others = self._others
+        news = [result for path in others for result in self._read(path)]
+        if news:
+            before = self._record.read_bytes() if self._record.exists() else b""
+            self.write(self._record, lambda path: path.write_bytes(before + b"".join(map(_line, news))))
+        for path in others:  # a kill before this leaves lines that are known
+            self.remove(path)
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a batch that has ended."""
@@ -271,15 +297,16 @@ class Folder:
             reason = getattr(error, "strerror", None) or str(error)
             raise CannotWrite(f"cannot write {path}: {reason}") from error
 
-    def _locked(self) -> Any:
+    def _locked(self, rank: int) -> Any:
         try:
             from filelock import FileLock, Timeout
         except ModuleNotFoundError as error:
             raise missing_extra("filelock", "batch") from error
         # The operating system's lock: it ends with its owner, however that ends.
-        lock = FileLock(self.path / ".lock", blocking=False, thread_local=False)
+        path = self.path / (f".lock.{rank}" if rank else ".lock")
+        lock = FileLock(path, blocking=False, thread_local=False)
         try:
-            with self._writing(self.path / ".lock"):
+            with self._writing(path):
                 lock.acquire()
         except CannotWrite as error:
             if not isinstance(error.__cause__, Timeout):
@@ -292,7 +319,7 @@ class Folder:
         left = [part for folder in (self.path, self.images, self.searches) for part in folder.glob(".*.part")]
         if restart and self._settings.exists():
             # The results first: what a kill leaves in between is a batch without them, which begins anew.
-            left += [self._record, self.summary, self.page]
+            left += [self._record, *self._others, self.summary, self.page]
             left += [*self.searches.glob("*.safetensors"), *self.images.glob("*.png"), self._settings]
         for path in left:
             self.remove(path)
@@ -308,37 +335,38 @@ class Folder:
             was = json.loads(self._settings.read_text("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._settings} is no batch's: {error}. Give another folder") from None
-        if others := list(_differences(was, now)):
+        if others := list(differences(was, now)):
             which = "; ".join(f"{name} was {before!r:.200}, and now is {here!r:.200}" for name, before, here in others)
             raise ValueError(
                 f"{self.path} holds a batch with other settings: {which}. Give another folder, or start again with "
                 "--restart (restart=True)"
             )
 
-    def _read(self) -> None:
-        """Takes up results.jsonl, and drops a last line that was cut off."""
-        if not self._record.exists():
-            return
-        *lines, rest = self._record.read_bytes().split(b"\n")
+    def _read(self, record: Path) -> list[Result]:
+        """Takes up a file of results, and drops a last line that was cut off. Returns what was not known."""
+        if not record.exists():
+            return []
+        news: list[Result | None] = []
+        *lines, rest = record.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                self._take(line)
+                news.append(self._take(line))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{self._record}, line {number}, is no result of a batch: {error}. Mend or remove the line"
+                    f"{record}, line {number}, is no result of a batch: {error}. Mend or remove the line"
                 ) from None
-        if not rest:
-            return
-        with self._writing(self._record):
-            try:
-                self._take(rest)
-            except (ValueError, RecursionError):
-                os.truncate(self._record, self._record.stat().st_size - len(rest))
-            else:  # it lacks its end alone
-                with self._record.open("ab") as file:
-                    file.write(b"\n")
+        if rest:
+            with self._writing(record):
+                try:
+                    news.append(self._take(rest))
+                except (ValueError, RecursionError):
+                    os.truncate(record, record.stat().st_size - len(rest))
+                else:  # it lacks its end alone
+                    with record.open("ab") as file:
+                        file.write(b"\n")
+        return [result for result in news if result is not None]
 
     def _forget_finished(self) -> None:
         """Removes the searches of prompts that a kill found done, and their searches still there."""
@@ -347,16 +375,17 @@ class Folder:
             if path.stem in done:
                 self.remove(path)
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, line: bytes) -> Result | None:
+        """The line's result, where it was not known."""
         result = Result.from_json(json.loads(line.decode("utf-8-sig")))
+        known = self.results.get(result.id) == result
         self.results[result.id] = result
+        return None if known else result
 
 
-def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, before, now) of each setting that differs, by its dotted name."""
-    if not isinstance(was, dict) or not isinstance(now, dict):
-        if was != now:
-            yield name or "all", was, now
-        return
-    for each in sorted(was.keys() | now.keys()):
-        yield from _differences(was.get(each), now.get(each), f"{name}.{each}" if name else each)
+def _line(result: Result) -> bytes:
+    return json.dumps(asdict(result), allow_nan=False).encode() + b"\n"
+
+
+def _rank_of(record: Path) -> int:
+    return int(record.name.split(".")[1])

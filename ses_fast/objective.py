@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .distributed import ALONE, Ranks
 from .scores import as_scores
 
 
@@ -27,10 +28,16 @@ class Objective(ABC):
     """Scores a generation, in as many batches as it likes."""
 
     reserve = 0.0  # seconds that the caller needs after the search: a time limit ends so much earlier
+    ranks: Ranks = ALONE  # that share the candidates: each scores its own, and reports the scores of all
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """What the scores depend on beside the candidates, as JSON: kept in the search's state."""
+        return {}
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What all ranks must have alike beside that, as JSON."""
         return {}
 
     def resume(self, fingerprint: Mapping[str, Any]) -> None:
@@ -54,15 +61,21 @@ class Objective(ABC):
 
 
 class FunctionObjective(Objective):
-    """A function of latents as `evolve` takes it, called with up to `batch_size` candidates."""
+    """A function of latents as `evolve` takes it, called with up to `batch_size` candidates on each rank."""
 
-    def __init__(self, function: Callable[[Tensor], Any], batch_size: int = 1) -> None:
-        self.function, self.batch_size = function, batch_size
+    def __init__(self, function: Callable[[Tensor], Any], batch_size: int = 1, ranks: Ranks = ALONE) -> None:
+        self.function, self.batch_size, self.ranks = function, batch_size, ranks
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"batch_size": self.batch_size}
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
-        for batch in candidates.split(min(self.batch_size, len(candidates))):
-            scores = as_scores(self.function(batch), batch.shape[0], "the objective", batch.device)
-            if not report(Scored(scores)):
+        for batch in candidates.split(min(self.batch_size * self.ranks.size, len(candidates))):
+            mine = batch[self.ranks.share(len(batch))]
+            given = self.function(mine) if len(mine) else []
+            scores = as_scores(given, len(mine), "the objective", mine.device)
+            if not report(Scored(self.ranks.gather(scores))):
                 return
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .distributed import Ranks
 from .errors import warn
 from .evolution import leader, tell
 from .objective import Objective, Scored
@@ -23,6 +24,7 @@ class Recorder:
 
     state: of the search as it stands; the scores it has already are an earlier call's, which warned of them.
     stopwatch: runs since the call began.
+    ranks: that search together: the first one's clock counts, and it alone shows, warns and calls `on_generation`.
     """
 
     def __init__(
@@ -36,17 +38,19 @@ class Recorder:
         time_limit: float | None,
         on_generation: Callable[[SearchResult], Any] | None,
         backend: str | None,
+        ranks: Ranks,
     ) -> None:
         self.state, self.objective, self.budget = state, objective, budget
-        self.stopwatch, self.backend = stopwatch, backend
-        self.time_limit, self.on_generation, self.progress = time_limit, on_generation, progress
+        self.stopwatch, self.backend, self.ranks = stopwatch, backend, ranks
+        self.time_limit, self.progress = time_limit, progress and ranks.rank == 0
+        self.on_generation = on_generation if ranks.rank == 0 else None
         self.begin = stopwatch.last
         self.stopped = "budget"
         self.low: Tensor | None = None  # [P, D] of the current generation
         self.reported: list[Scored] = []  # and not yet in the state
         self.counted = state.evaluations  # the reported ones included
-        self.watch = _Watch(state.evaluations, state.config.popsize)
-        self.bar = tqdm(total=budget, initial=self.counted, desc="SES", unit="img", disable=not progress)
+        self.watch = _Watch(state.evaluations, state.config.popsize, silent=ranks.rank > 0)
+        self.bar = tqdm(total=budget, initial=self.counted, desc="SES", unit="img", disable=not self.progress)
 
     def __enter__(self) -> Self:
         self.stopwatch.lap("start")
@@ -86,7 +90,8 @@ class Recorder:
         if scored.why_not_finite and not self.watch.why_not_finite:
             self.watch.why_not_finite = scored.why_not_finite
         if self.time_limit is not None and (self.budget is None or self.counted < self.budget):
-            if self.stopwatch.last - self.begin >= self.time_limit - self.objective.reserve:
+            over = self.stopwatch.last - self.begin >= self.time_limit - self.objective.reserve
+            if self.ranks.agree(over):
                 self.stopped = "time_limit"
         return self.stopped == "budget"
 
@@ -158,14 +163,16 @@ def _joined(reported: list[Scored]) -> Scored:
 class _Watch:
     """Warns of scores that are not finite, and of a flat first generation: once each."""
 
-    def __init__(self, known: int, popsize: int) -> None:
-        self.seen, self.popsize = known, popsize  # an earlier call warned of the known ones
+    def __init__(self, known: int, popsize: int, silent: bool) -> None:
+        self.seen, self.popsize, self.silent = known, popsize, silent  # an earlier call warned of the known ones
         self.warned = False
         self.flat_looked_for = known >= popsize
         self.why_not_finite = ""
 
     def look(self, history: list[float], ended: bool = False) -> None:
         """Looks at the scores that came since the last look."""
+        if self.silent:
+            return
         new = history[self.seen :]
         if not self.warned and -torch.inf in new:
             self.warned = True

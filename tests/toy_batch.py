@@ -1,9 +1,11 @@
 """A pipeline of a few lines whose search is the real one, and batches of it in processes that may be killed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -56,6 +58,7 @@ class ToyPipeline:
             on_generation=config.on_generation,
             progress=config.progress,
             time_limit=config.time_limit,
+            process_group=config.process_group,
         )
         return to_picture(self.ses_result.latents.tanh()[0])
 
@@ -94,15 +97,15 @@ class Forks:
         self.process.stdin.close()
         self.process.stdout.close()
 
-    def start(self, *arguments, die_at=0):
+    def start(self, *arguments, die_at=0, environment=None):
         """The id of a process that runs `ses-fast batch` with them. die_at: it kills itself before the write of this
-        number, counted from 1."""
-        return self._ask("\0".join([str(die_at), *map(str, arguments)]))
+        number, counted from 1. environment: of that process, beside the usual."""
+        return self._ask("\0".join([str(die_at), json.dumps(environment or {}), *map(str, arguments)]))
 
-    def wait(self):
-        """The exit code of the process that was started last; minus the signal's number where one has killed it. Until
-        then its number is not another's."""
-        return self._ask("")
+    def wait(self, pid=0):
+        """The exit code of the process, or of the one that was started last; minus the signal's number where one has
+        killed it. Until then its number is not another's."""
+        return self._ask(str(pid))
 
     def _ask(self, line):
         self.process.stdin.write(line + "\n")
@@ -127,12 +130,14 @@ def serve():
     print("ready", flush=True)
     child = 0
     for line in sys.stdin:
-        if line == "\n":
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-            continue
         die_at, *arguments = line.rstrip("\n").split("\0")
+        if not arguments:
+            print(os.waitstatus_to_exitcode(os.waitpid(int(die_at) or child, 0)[1]), flush=True)
+            continue
+        environment, *arguments = arguments
         child = os.fork()
         if child == 0:
+            os.environ |= json.loads(environment)
             die_before_write(int(die_at))
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
@@ -167,5 +172,21 @@ def die_before_write(number):
         Path.unlink = watched(Path.unlink)
 
 
+def slow_redness(images, prompt):
+    time.sleep(0.05)
+    return redness(images, prompt)
+
+
+def batch_of_toys(arguments):
+    """`ses-fast batch` with the toy, whose reward takes its time."""
+    from ses_fast import cli, job, pipelines
+
+    slow_redness.__qualname__ = redness.__qualname__  # a folder knows a reward by its name
+    pipelines.enable = lambda pipe: pipe
+    job.MODELS |= {"toy": ToyPipeline}
+    job.load_reward = lambda name, weights: slow_redness
+    cli.main(["batch", *arguments])
+
+
 if __name__ == "__main__":
-    serve()
+    serve() if len(sys.argv) == 1 else batch_of_toys(sys.argv[1:])

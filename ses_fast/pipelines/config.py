@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_base, check_noise, check_options, check_truths, whole_number
+from ..distributed import check_process_group
 from ..files import as_path
 from ..result import SearchResult
 from ..spectral import is_haar
@@ -27,7 +28,7 @@ DEFAULT_RACE: Race = ((0.84, 0.7), (0.77, 0.5), (0.65, 0.25))
 CALL = ("num_inference_steps", "ses_inference_steps")
 
 # Fields that belong to one call: compared by identity, and printed in a word.
-CARRIED = ("generator", "on_generation", "on_preview", "state", "latents", "report_rewards")
+CARRIED = ("generator", "on_generation", "on_preview", "state", "latents", "report_rewards", "process_group")
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ class SESConfig:
         never below 1; about 8x8 coefficients where the noise is of pixels; with `state` the state's.
     strategy: how the next generation is drawn, as in `evolve`.
     preview: a `Preview`: what makes previews cheap, and whether the best are scored again in full.
-    batch_size: how many previews are denoised together; they change by rounding only, and with 1 the best preview
-        is the final image bit for bit where their steps agree. Where the call's inputs allow no batch they go one
-        by one. "auto": on a GPU what fits in its free memory, halved if that runs out; on a CPU up to a million
-        pixels. With "auto", a race, a sum of rewards, and under VRAM management, scoring, on_preview and time_limit
+    batch_size: how many previews are denoised, decoded and scored together; they change by rounding only, and with 1
+        the best preview is the final image bit for bit where their steps agree. Where the call's inputs allow no batch
+        they go one by one. "auto": on a GPU what fits in its free memory, halved if that runs out; on a CPU up to a
+        million pixels. With "auto", a race, a sum of rewards, and under VRAM management, on_preview and time_limit
         come once a generation, and an exception loses the generation that it comes in.
     include_base: the seed's own noise is the first candidate: the answer is never worse than it.
     seed: the search's; None: the call's `seed`. Where that is None too, one is drawn and used for both.
@@ -121,6 +122,10 @@ class SESConfig:
         scores two images, into result.held_out: the one that the call returns, and the one that it would return
         without a search. That one is rendered in full first, one image more. An answer that its own reward likes
         and the others do not has been searched too hard.
+    process_group: the processes that search together, as in `evolve`: each with the same pipeline, call and seed. They
+        share the previews of a generation, and those of `refine`, and all return the image of one process, bit for
+        bit with batch_size=1. What a race leaves of one's candidates is gone on with there. on_preview is called on
+        the first alone, with its own previews: the first ones of each batch.
     """
 
     popsize: int = 10
@@ -141,6 +146,7 @@ class SESConfig:
     latents: Tensor | None = None  # [1, C, h, w]
     backend: str | None = None
     report_rewards: Sequence[str] | Mapping[str, Callable[[Tensor, str], Any]] = ()
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dwt_level, str) and self.dwt_level != "auto":
@@ -159,6 +165,7 @@ class SESConfig:
                 "Preview(scale=2) is the candidate's lowest Haar band: wavelet_name db1, dwt_level 1 or more"
             )
         check_noise(self.seed, self.generator)
+        check_process_group(self.process_group)
         check_truths(include_base=self.include_base, progress=self.progress)
         check_options(on_generation=self.on_generation, on_preview=self.on_preview, time_limit=self.time_limit)
         if self.state is not None:

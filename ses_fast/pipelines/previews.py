@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..digests import digest_of_weights
+from ..distributed import ALONE, Ranks
 from ..objective import Objective, Report, Scored, check_fingerprint
 from ..stopwatch import Stopwatch
 from .batching import Batches
@@ -28,8 +30,10 @@ class Previews(Objective):
     scale: 2 where the renderer's images are half as high and wide as the candidates'.
     rungs: where a race stops candidates; then a whole generation is scored together.
     include_base: whether the very first candidate is the base, which no race stops: the answer is never worse.
-    together: how many previews are scored together; None: a whole generation.
+    together: how many previews are scored together on each rank; None: a whole generation.
+    ranks: that share the previews. Each renders its own; all learn all scores.
     fingerprint: what the scores depend on beside the noise, as JSON.
+    on_preview: called on the first rank alone, with the previews that it made: the first ones of each batch.
     clock: seconds; a device's work is waited for.
     afterwards: how many seconds the call needs after the search, where they are taken off its time.
     """
@@ -49,15 +53,16 @@ class Previews(Objective):
         rungs: Sequence[Rung] = (),
         include_base: bool = False,
         afterwards: Callable[[], float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.renderer, self.scoring = renderer, scoring
         self.denoising, self.decoding = denoising, decoding
-        self.together = None if rungs else together
-        self.on_preview = _with_steps(on_preview)
+        self.together, self.ranks = None if rungs else together, ranks
+        self.on_preview = _with_steps(on_preview if ranks.rank == 0 else None)
         self.scale, self.rungs, self.include_base = scale, tuple(rungs), include_base
         self.stopwatch = Stopwatch(STAGES, clock)
         self.afterwards, self.longest = afterwards, 0.0  # seconds between two reports
-        self.forwards = 0  # of the denoiser, counted for each candidate
+        self.forwards = 0  # of the denoiser here, counted for each candidate
         self.looks = 0  # images decoded and scored
         self.looked_for_cause = False
         self._fingerprint = dict(fingerprint)
@@ -65,6 +70,11 @@ class Previews(Objective):
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         return {**self._fingerprint, **self.scoring.fingerprint}
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        settings = {"batch_size": self.together, "rungs": self.rungs, "steps": self.renderer.steps}
+        return settings | {"weights": digest_of_weights(self.renderer.model)}
 
     def resume(self, fingerprint: Mapping[str, Any]) -> None:
         check_fingerprint(fingerprint, self._fingerprint)
@@ -75,27 +85,30 @@ class Previews(Objective):
         return 0.0 if self.afterwards is None else self.afterwards() + self.longest
 
     def score(self, candidates: Tensor, generation: int, first: int, report: Report) -> None:
-        for noises in candidates.split(self.together or len(candidates)):
+        together = len(candidates) if self.together is None else self.together * self.ranks.size
+        for noises in candidates.split(together):
             spent = sum(self.stopwatch.seconds.values())
             images, given, scored = self._score(noises, self.include_base and generation == first == 0)
             self.longest = max(self.longest, sum(self.stopwatch.seconds.values()) - spent)
             goes_on = report(scored)  # first: a callback may raise, and the scores are paid
             if self.on_preview is not None:
-                self.on_preview(images, given, generation, first, scored.steps)
+                steps = None if scored.steps is None else scored.steps[: len(images)]
+                self.on_preview(images, given, generation, first, steps)
             if not goes_on:
                 return
             first += len(noises)
 
     def _score(self, noises: Tensor, has_base: bool) -> tuple[Tensor, Any, Scored]:
-        """(the images, the scores as the reward gave them, the same as the search takes them)"""
+        """(this rank's images, their scores as the reward gave them, all scores as the search takes them)"""
         self.stopwatch.restart()
-        noises = self._of_the_renderer(noises)
-        draft = self._advanced(noises, self.rungs[0].step if self.rungs else self.renderer.steps)
+        noises, started = self._of_the_renderer(noises), len(noises)
+        mine = self.ranks.share(started)
+        draft = self._advanced(noises[mine], self.rungs[0].step if self.rungs else self.renderer.steps)
         if not self.rungs:
             images, given, scored = self._looked_at(draft.latents)
         else:
-            images, given, scored = self._raced(draft, has_base)
-        if not self.looked_for_cause and not (finite := scored.scores.isfinite()).all():
+            images, given, scored = self._raced(draft, started, mine, has_base)
+        if self.ranks.rank == 0 and not self.looked_for_cause and not (finite := scored.scores.isfinite()).all():
             self.looked_for_cause = True
             index = int(finite.logical_not().nonzero()[0])
             try:
@@ -105,12 +118,12 @@ class Previews(Objective):
             scored = scored._replace(why_not_finite=why)
         return images, given, scored
 
-    def finished(self, noises: Tensor) -> tuple[Tensor, Tensor, Scored]:  # [n, C, h, w]
-        """(the latents after all steps, the images, the scores); whatever the race."""
+    def finished(self, noises: Tensor) -> tuple[Tensor, Scored]:  # [n, C, h, w]
+        """(the latents after all steps of this rank's share, the scores of all); whatever the race."""
         self.stopwatch.restart()
-        latents = self._advanced(self._of_the_renderer(noises), self.renderer.steps).latents
-        images, _, scored = self._looked_at(latents)
-        return latents, images, scored
+        mine = self._of_the_renderer(noises)[self.ranks.share(len(noises))]
+        latents = self._advanced(mine, self.renderer.steps).latents
+        return latents, self._looked_at(latents)[2]
 
     def _of_the_renderer(self, noises: Tensor) -> Tensor:  # [n, C, h, w] -> [n, C, h, w] or half of it
         # The lowest band of white noise is white noise, and the candidates' are searched by the same numbers.
@@ -119,6 +132,9 @@ class Previews(Objective):
     def _advanced(self, start: Tensor | Draft, to: int) -> Draft:
         """The noises, or a draft, after `to` steps."""
         renderer = self.renderer
+        if not len(start):  # fewer candidates than ranks, or none of this rank's goes on
+            none = start.latents if isinstance(start, Draft) else start
+            return Draft(none, to, clean=none)
         renderer.prepare("denoise")
 
         def advance(rows: Tensor | Draft) -> Draft:
@@ -133,35 +149,50 @@ class Previews(Objective):
         return draft
 
     def _looked_at(self, latents: Tensor) -> tuple[Tensor, Any, Scored]:
-        """(images [n, 3, H, W] in [-1, 1], the scores as the reward gave them, the same as the search takes them)"""
-        self.renderer.prepare("decode")
-        # A decoder leaves the range.
-        images = self.decoding.run(self.renderer.decode, latents, self.renderer.model).clamp(-1, 1)
+        """(images [m, 3, H, W] in [-1, 1], their scores as the reward gave them, those of all ranks' images as the
+        search takes them)
+        """
+        images = self._decoded(latents) if len(latents) else latents.new_empty(0, 3, 1, 1)
         self.stopwatch.lap("decode")
         shown = images if self.on_preview is None else images.clone()  # a reward may write on what it gets
-        given, scored = self.scoring.score(shown)
+        given, scored = self.scoring.score(shown, self.ranks)
         self.stopwatch.lap("reward")
         self.looks += len(images)
         return images, given, scored
 
-    def _raced(self, draft: Draft, has_base: bool) -> tuple[Tensor, Any, Scored]:
-        """As `_looked_at`, of a draft that stands at the first rung: who is stopped keeps its early image and score."""
-        started = len(draft)
-        running = torch.arange(started, device=draft.latents.device)
+    def _decoded(self, latents: Tensor) -> Tensor:
+        self.renderer.prepare("decode")
+        # A decoder leaves the range.
+        return self.decoding.run(self.renderer.decode, latents, self.renderer.model).clamp(-1, 1)
+
+    def _raced(
+        self,
+        draft: Draft,  # of m candidates, `mine` of those that started
+        started: int,
+        mine: slice,
+        has_base: bool,
+    ) -> tuple[Tensor, Any, Scored]:
+        """As `_looked_at`, of drafts that stand at the first rung: who is stopped keeps its early image and score."""
+        first = mine.start
+        running = torch.arange(started, device="cpu")  # of all ranks; `mine` of these are here
         images, given, scored = self._looked_at(_clean(draft))
         steps = torch.full((started,), draft.step, dtype=torch.int64, device="cpu")
         last = scored.scores  # of those that are running
         for rung, to in zip(self.rungs, (*(rung.step for rung in self.rungs[1:]), self.renderer.steps), strict=True):
-            stay = who_goes_on(last, rung.share, started, has_base)
-            running, draft = running[stay.to(running.device)], draft.rows(stay.to(running.device))
-            draft = self._advanced(draft, to)
+            stay = who_goes_on(last, rung.share, started, has_base).cpu()
+            running, before = running[stay], int((stay < mine.start).sum())
+            here = stay[(stay >= mine.start) & (stay < mine.stop)] - mine.start
+            mine = slice(before, before + len(here))
+            draft = self._advanced(draft.rows(here.to(draft.latents.device)), to)
             is_last = to == self.renderer.steps
             seen = self._looked_at(draft.latents if is_last else _clean(draft))
-            if self.on_preview is not None:
-                images = _put(images, running, seen[0])
-            given, scored = _put_scores(given, scored, running, seen[2])
-            steps[running.cpu()] = 0 if is_last else to
+            if self.on_preview is not None and len(here):
+                images = _put(images, running[mine] - first, seen[0])
+            scored = _put_scores(scored, running, seen[2])
+            steps[running] = 0 if is_last else to
             last = seen[2].scores
+        shown = scored.scores[first : first + len(images)]
+        given = shown.to(given.dtype, copy=True) if isinstance(given, Tensor) else shown.tolist()
         return images, given, scored._replace(steps=steps)
 
     def _why_not_finite(self, noise: Tensor, scored: Scored, index: int) -> str:
@@ -192,11 +223,10 @@ def _put(whole: Tensor, rows: Tensor, news: Tensor) -> Tensor:
     return whole.index_copy(0, rows.to(whole.device), news.to(whole.dtype))
 
 
-def _put_scores(given: Any, scored: Scored, rows: Tensor, news: Scored) -> tuple[Any, Scored]:
+def _put_scores(scored: Scored, rows: Tensor, news: Scored) -> Scored:
     """The scores of a whole generation, with newer ones of some of its candidates in their places."""
     members = {name: _put(raw, rows, news.members[name]) for name, raw in scored.members.items()}
-    scored = Scored(_put(scored.scores, rows, news.scores), members)
-    return (scored.scores.to(given.dtype, copy=True) if isinstance(given, Tensor) else scored.scores.tolist()), scored
+    return Scored(_put(scored.scores, rows, news.scores), members)
 
 
 def _with_steps(callback: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -27,7 +27,7 @@ def refine(
     if state.include_base and all(each.number for each in best):
         best.append(Leader(state.base, 0, state.history[0]))
     noises = torch.cat([each.latents for each in best])
-    latents, _, scored = full.finished(noises)
+    latents, scored = full.finished(noises)
     scores = scored.scores.cpu().double().nan_to_num(*[-math.inf] * 3).tolist()
     row = max(range(len(scores)), key=scores.__getitem__)
     if scores[row] == -math.inf:
@@ -36,4 +36,6 @@ def refine(
     numbers = [each.number for each in best]
     refined = list(zip(numbers, scores, members, strict=True))
     answer = result_of(state, noises[row : row + 1], numbers[row], result.stopped, result.seconds, refined=refined)
-    return replace(answer, forwards=result.forwards), latents[row : row + 1]
+    mine = full.ranks.share(len(noises))
+    here = latents[row - mine.start][None] if mine.start <= row < mine.stop else None
+    return replace(answer, forwards=result.forwards), full.ranks.send(here, noises.device)

@@ -1,7 +1,6 @@
 """One call with enable_ses=True on its way: what its arguments became, whatever the library."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_noise, whole_number
+from ..digests import digest, digest_of_tensor
+from ..distributed import ALONE, Ranks, ranks_of
 from ..objective import check_fingerprint
 from ..rewards import REWARDS, known_name
 from ..rewards.base import Reward
@@ -38,6 +39,7 @@ class Request:
     held_out: dict[str, RewardFunction] = field(default_factory=dict)
     latents: Tensor | None = None  # [1, C, h, w], to be rendered in place of a search
     base: Tensor | None = None  # [1, C, h, w], to search from, where the call has no seed that makes it
+    ranks: Ranks = ALONE  # that search together
     begun: bool = False  # whether the search has begun: an error from then on carries a result of this call
     answered: bool = False  # whether the best noise, or `latents`, was put in place
 
@@ -95,6 +97,7 @@ def make_request(
         | {"preview": config.preview.facts},
         latents=base if config.latents is None and not searches else config.latents,
         base=base,
+        ranks=ranks_of(config.process_group) if searches else ALONE,
     )
     if config.state is not None:
         check_fingerprint(config.state.fingerprint, request.fingerprint)
@@ -173,25 +176,17 @@ def _fact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_fact(each) for each in value]
     if isinstance(value, Tensor):
-        numbers = value.detach().cpu().flatten().view(torch.uint8).numpy()
-        return _digest(value.dtype, tuple(value.shape), numbers.tobytes())
+        return digest_of_tensor(value)
     if hasattr(value, "getbands"):  # a PIL picture, from a file or not
-        return _digest(value.mode, value.size, value.tobytes(), bytes(value.getpalette() or ()))
+        return digest(value.mode, value.size, value.tobytes(), bytes(value.getpalette() or ()))
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        return _digest(value.dtype, value.shape, value.tobytes())
+        return digest(value.dtype, value.shape, value.tobytes())
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if is_dataclass(value):
         return {"class": kind} | {field.name: _fact(getattr(value, field.name)) for field in fields(value)}
     return kind
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _loaded(reward: Any, device: Any) -> RewardFunction:

@@ -69,7 +69,8 @@ def search(
         )
     if cheap.scale == 2 and evolution.strategy == "high_band" and evolution.dwt_level == 1:
         raise ValueError("previews of half the size do not show the high band of level 1: give dwt_level 2 or more")
-    scoring = scoring_of(request.reward, request.prompt)
+    at_once = config.batch_size if isinstance(config.batch_size, int) else None
+    scoring = scoring_of(request.reward, request.prompt, at_once)
     pixels = height * width
     previews = _previews(
         renderer,
@@ -89,8 +90,9 @@ def search(
     prompt_seconds, compiled_before = clock() - begin, clock.compiling
     if request.budget is None:
         previews.afterwards = lambda: prompt_seconds + _final_seconds(previews, final, cheap.refine)
-    result, request.begun = None, True
+    result, counts, request.begun = None, None, True
     try:
+        request.ranks.compare({"refine": cheap.refine, "image": [final.steps, height, width]})
         result = evolve(
             base,
             previews,
@@ -109,9 +111,10 @@ def search(
             state=config.state,
             backend=config.backend,
         )
-        if not cheap.refine:
-            return Found(result, None)
-        result, finished = refine(result, full, cheap.refine, backend=config.backend)
+        finished = None
+        if cheap.refine:
+            result, finished = refine(result, full, cheap.refine, backend=config.backend)
+        counts = request.ranks.gather(torch.tensor([previews.forwards, full.forwards])).view(-1, 2).sum(0).tolist()
         return Found(result, finished)
     except BaseException as error:
         if result is not None:  # it was found, and refining it failed
@@ -125,9 +128,10 @@ def search(
             rest = seconds.pop("objective") - sum(spent.values()) - (clock.compiling - compiled_before)
             seconds["other"] += rest
             seconds.update(prompt=prompt_seconds, compile=clock.compiling, **spent)
-            result.forwards["preview"] = previews.forwards
+            forwards = map(int, counts or (previews.forwards, full.forwards))  # of all ranks, where all have ended
+            result.forwards["preview"] = next(forwards)
             if cheap.refine:
-                seconds["refine"], result.forwards["refine"] = sum(full.stopwatch.seconds.values()), full.forwards
+                seconds["refine"], result.forwards["refine"] = sum(full.stopwatch.seconds.values()), next(forwards)
             seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
 
 
@@ -141,7 +145,8 @@ def _previews(
     clock: CompileClock,
     **settings: Any,
 ) -> Previews:
-    """The images of `renderer`, of so many `pixels`, in batches of up to `most`."""
+    """The images of `renderer`, of so many `pixels`; at most `most` of a generation, shared among the ranks."""
+    most = -(-most // request.ranks.size)
     size = first_size(request.config.batch_size, most, renderer.device, pixels)
     automatic = request.config.batch_size == "auto"
     batches = functools.partial(Batches, most=most, device=renderer.device, automatic=automatic)
@@ -156,6 +161,7 @@ def _previews(
         together=None if whole else int(request.config.batch_size),
         fingerprint=request.fingerprint,
         clock=clock,
+        ranks=request.ranks,
         **settings,
     )
 
@@ -192,6 +198,17 @@ def answer(
     stock: makes the image without a search. render: makes the request's image; it gets the time, by `clock`, when
     that began. as_tensor: an image of the library as [1, 3, H, W] in [-1, 1], for the held-out rewards.
     """
+    with request.ranks.joined():
+        return _answer(request, clock, stock, render, as_tensor)
+
+
+def _answer(
+    request: Request,
+    clock: CompileClock,
+    stock: Callable[[], Any],
+    render: Callable[[Request, float], tuple[Any, SearchResult | None]],
+    as_tensor: Callable[[Any], Tensor],
+) -> tuple[Any, SearchResult | None]:
     begin = clock()
     base_scores: dict[str, float] = {}
     if request.held_out:  # first, so that a reward that fails does so before the search is paid

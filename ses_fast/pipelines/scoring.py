@@ -1,30 +1,45 @@
 """How a search's reward scores previews: by itself, or as a sum of several on a scale that the search keeps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..distributed import ALONE, Ranks
 from ..objective import Scored
 from ..rewards.weighted import WeightedReward
 from ..scores import as_scores
 
 
 class Scoring:
-    """One reward and one prompt."""
+    """One reward and one prompt. at_once: how many images the reward gets in one call; None: as many as there are."""
 
     whole_generations = False  # whether a generation must be scored in one call
 
-    def __init__(self, reward: Callable[[Tensor, str], Any], prompt: str) -> None:
-        self.reward, self.prompt = reward, prompt
+    def __init__(self, reward: Callable[[Tensor, str], Any], prompt: str, at_once: int | None = None) -> None:
+        self.reward, self.prompt, self.at_once = reward, prompt, at_once
 
     def score(
         self,
-        images: Tensor,  # [n, 3, H, W] in [-1, 1], the reward's to write on
-    ) -> tuple[Any, Scored]:
-        """(the scores as the reward gave them, the same as the search takes them, a copy)."""
-        given = self.reward(images, self.prompt)
-        return given, Scored(as_scores(given, len(images), "the reward", images.device))
+        images: Tensor,  # [m, 3, H, W] in [-1, 1], the reward's to write on; m may be 0
+        ranks: Ranks = ALONE,
+    ) -> tuple[Any, Scored]:  # of m, of n
+        """(the scores as the reward gave them, those of all ranks' images as the search takes them, a copy)."""
+        parts = self._parts(images)
+        given = [self.reward(part, self.prompt) for part in parts]
+        scores = [
+            as_scores(each, len(part), "the reward", images.device) for each, part in zip(given, parts, strict=True)
+        ]
+        if len(given) == 1:
+            return given[0], Scored(ranks.gather(scores[0]))
+        mine = torch.cat([_none(images.device), *scores])
+        shown = mine.to(given[0].dtype) if given and isinstance(given[0], Tensor) else mine.tolist()
+        return shown, Scored(ranks.gather(mine))
+
+    def _parts(self, images: Tensor) -> Sequence[Tensor]:
+        """What the reward gets at once."""
+        return images.split(self.at_once or len(images)) if len(images) else []
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -41,16 +56,18 @@ class WeightedScoring(Scoring):
     whole_generations = True
     reward: WeightedReward
 
-    def __init__(self, reward: WeightedReward, prompt: str) -> None:
-        super().__init__(reward, prompt)
+    def __init__(self, reward: WeightedReward, prompt: str, at_once: int | None = None) -> None:
+        super().__init__(reward, prompt, at_once)
         self.scale = reward.scale
 
-    def score(self, images: Tensor) -> tuple[Any, Scored]:
-        raw = self.reward.raw(images, self.prompt)
+    def score(self, images: Tensor, ranks: Ranks = ALONE) -> tuple[Any, Scored]:
+        given = [self.reward.raw(part, self.prompt) for part in self._parts(images)]
+        mine = {name: torch.cat([_none("cpu"), *(each[name] for each in given)]) for name in self.reward.rewards}
+        raw = {name: ranks.gather(scores) for name, scores in mine.items()}
         if self.scale is None:
             self.scale = self.reward.measure(raw)
         scores = self.reward.combine(raw, self.scale)
-        return scores.clone(), Scored(scores.to(images.device), raw)
+        return self.reward.combine(mine, self.scale), Scored(scores.to(images.device), raw)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -67,6 +84,11 @@ class WeightedScoring(Scoring):
         self.scale = scale
 
 
-def scoring_of(reward: Callable[[Tensor, str], Any], prompt: str) -> Scoring:
+def scoring_of(reward: Callable[[Tensor, str], Any], prompt: str, at_once: int | None = None) -> Scoring:
     """The scoring that suits the reward."""
-    return WeightedScoring(reward, prompt) if isinstance(reward, WeightedReward) else Scoring(reward, prompt)
+    kind = WeightedScoring if isinstance(reward, WeightedReward) else Scoring
+    return kind(reward, prompt, at_once)  # type: ignore[arg-type]
+
+
+def _none(device: torch.device | str) -> Tensor:  # [0]
+    return torch.empty(0, dtype=torch.float64, device=device)
