@@ -51,7 +51,7 @@ IMPORTS = {
     "evolution": {"checks", "ops", "reference", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
-    "generate": {"embedded", "files", "job", "pipelines", "report", "versions"},
+    "generate": {"embedded", "files", "job", "models", "pipelines", "report", "versions"},
     "folder": {"checks", "files", "prompts", "result"},
     "job": {"embedded", "models", "pipelines", "rewards"},
     "kernels": {"custom_op", "reference"},
