@@ -73,6 +73,8 @@ def small(monkeypatch, tmp_path, server):  # noqa: F811
         monkeypatch.setattr(
             getattr(diffusers, name), "from_pretrained", lambda *_, kind=kind, **__: tiny_diffusers.make(kind).pipe
         )
+    config = {"_class_name": "StableDiffusionXLPipeline"}  # what the command reads before any weights
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda source: config)
     monkeypatch.setattr("ses_fast.embedded.pipeline.SIZE", 128)
     stock = rewards.load_reward
 
