@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -260,6 +261,33 @@ def test_a_training_batch_equals_the_pipeline_s_own_forward():
                 prompt_embeds=[features],
             )
             torch.testing.assert_close(batch[i : i + 1], one, atol=1e-5, rtol=0)
+
+
+def test_the_denoiser_s_captions_mistell_the_relation_and_nothing_else():
+    scenes = world.split_scenes()[0]
+    index = np.arange(0, len(scenes), 8)
+    latents = np.zeros((len(index), 1, 1, 1), np.float16)
+    settings = replace(train.SETTINGS["teacher"], batch=2000)
+    batches = train.Batches({128: (latents, index)}, settings, torch.device("cpu"))
+    caption = batches.draw(0, 128)[-1]
+    generator = train._torch_rng(settings.seed, 0)  # the scenes are the first numbers that a step draws
+    shown = index[torch.randint(len(index), (2000,), generator=generator).sort().values.numpy()]
+    told = [(scenes[a], scenes[b]) for a, b in zip(shown, caption.tolist(), strict=True) if b != batches.empty]
+    assert all((a.first, a.second) == (b.first, b.second) for a, b in told)
+    wrong = np.mean([a.relation != b.relation for a, b in told])
+    assert wrong == pytest.approx(train.MISTOLD * 3 / 4, abs=0.04)
+    assert len(told) / 2000 == pytest.approx(1 - train.CAPTION_DROPOUT, abs=0.03)
+
+
+def test_no_mistold_caption_is_a_held_out_one():
+    """A relation that would make it one is left as it was."""
+    scenes, held_out = world.split_scenes()
+    data = {128: (np.zeros((1, 1, 1, 1), np.float16), np.zeros(1, np.int64))}
+    retold = train.Batches(data, train.SETTINGS["teacher"], torch.device("cpu")).retold
+    assert retold.shape == (len(scenes), 4) and retold.max() < len(scenes)  # an index of a scene that is trained on
+    beside = [scene for scene in scenes if world.Scene(scene.first, "above", scene.second) in set(held_out)]
+    number = scenes.index(beside[0])
+    assert retold[number, world.RELATIONS.index("above")] == number
 
 
 def test_hard_negatives_differ_in_one_fact():
