@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from bench.environment import environment
 from bench.floor import Rates, Work
 from bench.ops import result_path
 from ses_fast import embedded, tables
+from ses_fast.methods import METHODS
 from ses_fast.rewards.hps import HPSReward
 from ses_fast.strategies import Strategy
 
@@ -336,7 +337,8 @@ def test_the_embedded_models_figures():
 def compared():
     """A comparison of two prompts, one in each half, where ses finds better ones than random, and mix does not."""
     found = {"reference": 1.0, "random": 1.5, "ses": 2.0, "mix": 1.5}
-    settings = {"budgets": [10, 50], "methods": list(found), "tasks": ["clip"], "seeds": 1, "prompts": ["a", "b"]}
+    methods = {name: asdict(METHODS[name]) for name in found}
+    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "prompts": ["a", "b"]}
     settings |= {"about": {"model": "m", "steps": 8}, "machine": {"device": "Some CPU", "rounds": 1, "threads": 1}}
     scores = [
         {"prompt": i, "task": "clip", "methods": {name: {"reward": [[0.5, value]]} for name, value in found.items()}}
@@ -459,8 +461,9 @@ def faults(folder):
         if path.suffix != ".json":
             continue
         result = json.loads(path.read_text())
-        kind = "-embedded" if path.stem.endswith("-embedded") else "-bench"
-        if path.name != result_path(result["environment"], kind).name:
+        kind = next((kind for kind in ("-embedded", "-floor") if path.stem.endswith(kind)), "-bench")
+        floor = f"{result.get('device')}-floor.json"  # counted, of a device that need not be this one
+        if path.name != (floor if kind == "-floor" else result_path(result["environment"], kind).name):
             found.append(f"{path.name} is not named after what it was measured on")
         if not result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}:
             found.append(f"{path.name} does not say what it was measured on")
