@@ -179,11 +179,11 @@ def slow_redness(images, prompt):
 
 def batch_of_toys(arguments):
     """`ses-fast batch` with the toy, whose reward takes its time."""
-    from ses_fast import cli, job, pipelines
+    from ses_fast import cli, models, pipelines
 
     slow_redness.__qualname__ = redness.__qualname__  # a folder knows a reward by its name
     pipelines.enable = lambda pipe: pipe
-    job.MODELS |= {"toy": ToyPipeline}
+    models.MODELS |= {"toy": ToyPipeline}
     job.load_reward = lambda name, weights: slow_redness
     cli.main(["batch", *arguments])
 
