@@ -179,7 +179,7 @@ def slow_redness(images, prompt):
 
 def batch_of_toys(arguments):
     """`ses-fast batch` with the toy, whose reward takes its time."""
-    from ses_fast import cli, models, pipelines
+    from ses_fast import cli, job, models, pipelines
 
     slow_redness.__qualname__ = redness.__qualname__  # a folder knows a reward by its name
     pipelines.enable = lambda pipe: pipe
