@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,8 +67,8 @@ def run(
 
     process_group: the processes that work together, as in `evolve`: each calls `run` with the same arguments, and works
     in the same folder. shard: what they share. "prompts": each searches alone, and takes the next prompt that is left.
-    "population": all search for the same prompt, and share its previews. None: the prompts, where there are as many as
-    processes. The images are those of one process, as said in `evolve`.
+    "population": all search for the same prompt, and share its previews. None: the prompts, unless they are so few
+    that the other is quicker. The images are those of one process, as said in `evolve`.
 
     Yields the results of finished prompts first, then each prompt's as it ends; the first process those of the others
     at the end, and the others only their own. A prompt that raises is a result with an `error`, and the rest go on. At
@@ -80,53 +79,53 @@ def run(
     `distributed.RankFailed` where another process ends the batch, `distributed.LostRank` where one is gone.
     """
     ranks = ranks_of(process_group)
-    if shard is not None and shard not in SHARDS:
-        raise ValueError(f"shard must be one of {', '.join(SHARDS)}, or None; got {shard!r}")
-    if not hasattr(type(pipe), "ses_result"):
-        raise ValueError(f"{type(pipe).__name__} has no documented call: ses_fast.enable(pipe) first")
-    config = _checked_config(ses_config)
-    if own := call.keys() & {"prompt", "enable_ses"}:
-        raise ValueError(f"{', '.join(sorted(own))}: these are given to each call by the batch")
-    check_truths(restart=restart, progress=progress)
-    ses_reward_model, out = checked_reward(ses_reward_model), as_path("out", out)
-    if not isinstance(model, str | None):
-        raise ValueError(f"model must be what the weights are called, a str; got {model!r:.200}")
-    if ses_eval_budget is not None:
-        ses_eval_budget = whole_number("ses_eval_budget", ses_eval_budget, 1)
-    elif config.time_limit is None:
-        raise ValueError("ses_eval_budget=None needs a SESConfig(time_limit=): how many seconds a search may take")
-    ses_inference_steps = whole_number("ses_inference_steps", ses_inference_steps, 1)
-    seed = whole_number("seed", seed, 0)
-    is_file = isinstance(prompts, str | os.PathLike)
-    wanted = read_prompts(Path(prompts)) if is_file else as_prompts(prompts)  # type: ignore[arg-type]
-
-    settings = {
-        "pipeline": getattr(pipe, "_ses_stock", type(pipe)).__name__,
-        "model": model,
-        "ses_reward_model": reward_name(ses_reward_model),
-        "ses_eval_budget": ses_eval_budget,
-        "ses_inference_steps": ses_inference_steps,
-        "seed": seed,
-        "arguments": facts(call),
-        "report_rewards": _names(config.report_rewards),
-        "ses_config": {name: value for name, value in config.settings().items() if name not in HOW},
-    }
-    ses = {
-        "ses_reward_model": ses_reward_model,
-        "ses_eval_budget": ses_eval_budget,
-        "ses_inference_steps": ses_inference_steps,
-    }
     with ranks.joined():
+        if shard is not None and shard not in SHARDS:
+            raise ValueError(f"shard must be one of {', '.join(SHARDS)}, or None; got {shard!r}")
+        if not hasattr(type(pipe), "ses_result"):
+            raise ValueError(f"{type(pipe).__name__} has no documented call: ses_fast.enable(pipe) first")
+        config = _checked_config(ses_config)
+        if own := call.keys() & {"prompt", "enable_ses", "generator"}:
+            raise ValueError(f"{', '.join(sorted(own))}: these are given to each call by the batch")
+        check_truths(restart=restart, progress=progress)
+        ses_reward_model, out = checked_reward(ses_reward_model), as_path("out", out)
+        if not isinstance(model, str | None):
+            raise ValueError(f"model must be what the weights are called, a str; got {model!r:.200}")
+        if ses_eval_budget is not None:
+            ses_eval_budget = whole_number("ses_eval_budget", ses_eval_budget, 1)
+        elif config.time_limit is None:
+            raise ValueError("ses_eval_budget=None needs a SESConfig(time_limit=): how many seconds a search may take")
+        ses_inference_steps = whole_number("ses_inference_steps", ses_inference_steps, 1)
+        seed = whole_number("seed", seed, 0)
+        is_file = isinstance(prompts, str | os.PathLike)
+        wanted = read_prompts(as_path("prompts", prompts)) if is_file else as_prompts(prompts)  # type: ignore[arg-type]
+
+        settings = {
+            "pipeline": getattr(pipe, "_ses_stock", type(pipe)).__name__,
+            "model": model,
+            "ses_reward_model": reward_name(ses_reward_model),
+            "ses_eval_budget": ses_eval_budget,
+            "ses_inference_steps": ses_inference_steps,
+            "seed": seed,
+            "arguments": facts(call),
+            "report_rewards": _names(config.report_rewards),
+            "ses_config": {name: value for name, value in config.settings().items() if name not in HOW},
+        }
+        ses = {
+            "ses_reward_model": ses_reward_model,
+            "ses_eval_budget": ses_eval_budget,
+            "ses_inference_steps": ses_inference_steps,
+        }
         if ranks.size > 1:
             asked = {"prompts": digest(wanted), "shard": shard, "restart": restart, "weights": _weights(pipe)}
             ranks.compare(settings | asked)
         folder, left = _opened(out, settings, restart, ranks, wanted, seed)
-    shard = shard or ("prompts" if len(left) >= ranks.size else "population")
-    if shard == "population" and ranks.size > 1:
+    if shard is None:
+        shard = "prompts" if _prompts_are_quicker(config.popsize, ranks.size, len(left)) else "population"
+    together = ranks if shard == "population" else ALONE
+    if together.size > 1:
         config = replace(config, process_group=ranks)
-        if ranks.rank == 0:
-            warn(_said_of_population(config.popsize, ranks.size, len(left)))
-    work = _Work(pipe, folder, config, seed, call, ses, ranks if shard == "population" else ALONE, ranks)
+    work = _Work(pipe, folder, config, seed, call, ses, together, ranks)
     return _results(work, wanted, left, settings, progress)
 
 
@@ -161,11 +160,24 @@ def _weights(pipe: Any) -> list[str]:
     return [digest_of_weights(part) for part in parts if isinstance(part, torch.nn.Module)]
 
 
+def _prompts_are_quicker(popsize: int, size: int, prompts: int) -> bool:
+    """Whether `size` processes are done sooner, or as soon, where each searches alone.
+
+    With fewer prompts than processes all are done in the time of one search; together a search takes
+    ceil(popsize / size) / popsize of that. With as many prompts as processes this always holds.
+    """
+    return prompts * -(-popsize // size) >= popsize
+
+
 def _said_of_population(popsize: int, size: int, prompts: int) -> str:
     """What limits the speed where `size` processes share the population."""
     turns = -(-popsize // size)
     better = f"; popsize {turns * size} would use all of them" if popsize % size else ""
-    instead = f'. There are {prompts} prompts: shard "prompts" keeps all busy' if prompts >= size else ""
+    instead = (
+        f'. There are {prompts} prompts: shard "prompts" is done sooner'
+        if _prompts_are_quicker(popsize, size, prompts)
+        else ""
+    )
     return (
         f"{size} processes share generations of {popsize}: {turns} turns each, at most {popsize / turns:.3g} times as "
         f"fast as one{better}{instead}"
@@ -197,6 +209,8 @@ def _results(
 ) -> Iterator[Result]:
     folder, ranks = work.folder, work.all
     with folder, ranks.joined():
+        if ranks.rank == 0 and work.together.size > 1 and left:
+            warn(_said_of_population(work.config.popsize, ranks.size, len(left)))
         todo = {prompt.id for prompt in left}
         finished = [prompt for prompt in wanted if prompt.id not in todo]
         if ranks.rank == 0:

@@ -31,22 +31,22 @@ MOST_FAILURES = 10  # that are printed
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Exits with code 2 and one line on stderr for bad input, before any work starts; with 1 and one
-    line for what the work itself refuses and for a disk that takes no more, with 130 after Ctrl-C. Any other exception
-    of the work leaves as it is: a fault of ours, or of a reward.
+    line for what the work itself refuses, a disk that takes no more and a process that is gone; with 130 after Ctrl-C.
+    Any other exception of the work leaves as it is: a fault of ours, or of a reward.
     """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        work = args.prepare(args)
-    except (ValueError, ImportError, OSError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        from .distributed import RankFailed
+        try:
+            work = args.prepare(args)
+        except (ValueError, ImportError, OSError) as error:
+            parser.error(str(error))
+        except RuntimeError as error:
+            from .distributed import RankFailed
 
-        if isinstance(error, RankFailed):  # which says it there
-            raise SystemExit(2) from error
-        raise
-    try:
+            if isinstance(error, RankFailed):  # which says it there
+                raise SystemExit(2) from error
+            raise
         work()
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped\n")

@@ -347,6 +347,7 @@ BAD = {
     "one string, which is no file": ({"prompts": "a red fox"}, "a red fox"),
     "prompt=": ({"prompt": "a"}, "prompt"),
     "enable_ses=": ({"enable_ses": True}, "enable_ses"),
+    "generator=": ({"generator": None}, "generator"),
     "budget 0": ({"ses_eval_budget": 0}, "ses_eval_budget"),
     "no budget and no time": ({"ses_eval_budget": None}, "time_limit"),
     "steps 0": ({"ses_inference_steps": 0}, "ses_inference_steps"),

@@ -418,6 +418,16 @@ ENDS = {
 }
 
 
+def test_ctrl_c_while_a_model_is_loaded_is_one_line(monkeypatch, tmp_path, capsys):
+    def load():
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(models.MODELS, "embedded", load)
+    with pytest.raises(SystemExit) as left:
+        generate("--out", str(tmp_path))
+    assert left.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "stopped"
+
+
 @pytest.mark.parametrize("case", ENDS)
 def test_a_search_that_cannot_end_is_one_line(case, toy, tmp_path, monkeypatch, capsys):
     error, code, line = ENDS[case]

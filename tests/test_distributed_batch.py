@@ -106,6 +106,8 @@ def of_batch(ranks, out, prompts, options, fault=""):
     call = {"ses_reward_model": reward, "ses_eval_budget": 10, "ses_config": SMALL, "progress": False} | options
     if fault == "seed":
         call["seed"] = ranks.rank
+    if fault == "argument" and ranks.rank == 1:
+        call["ses_inference_steps"] = 0
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         results = list(batch.run(pipe, prompts, out, **call, process_group=ranks))
@@ -121,7 +123,16 @@ def test_ranks_share_prompts_or_where_there_are_few_the_population(tmp_path):
     assert first[1] == other[1] == PROMPTS[:1] and other[2] == []
     assert first[2] == ["2 processes share generations of 4: 2 turns each, at most 2 times as fast as one"]
     first, other = returned(together(of_batch, 2, tmp_path / "c", PROMPTS, {"shard": "population"}))
-    assert first[1] == other[1] == PROMPTS and 'There are 3 prompts: shard "prompts" keeps all busy' in first[2][0]
+    assert first[1] == other[1] == PROMPTS and 'There are 3 prompts: shard "prompts" is done sooner' in first[2][0]
+
+
+@pytest.mark.parametrize(
+    ("size", "prompts", "quicker"),
+    [(8, 4, False), (8, 5, True), (8, 8, True), (2, 1, False), (2, 2, True), (64, 9, False), (64, 10, True)],
+)
+def test_prompts_are_shared_where_that_is_quicker(size, prompts, quicker):
+    """In searches' times: one for so few prompts, against a share of each one's generations of 10."""
+    assert batch._prompts_are_quicker(10, size, prompts) == quicker
 
 
 def test_what_is_said_of_a_population_that_does_not_divide():
@@ -145,6 +156,12 @@ def test_other_settings_on_a_rank_are_named(tmp_path):
     for kind, name, text in together(of_batch, 2, tmp_path / "out", PROMPTS, {}, "seed"):
         assert (kind, name) == ("raised", "ValueError") and "rank 1 has seed 1, rank 0 0" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_argument_of_one_rank_is_told_to_all(tmp_path):
+    first, other = together(of_batch, 2, tmp_path / "out", PROMPTS, {}, "argument")
+    assert first[:2] == ("raised", "RankFailed") and "rank 1: ValueError: ses_inference_steps" in first[2]
+    assert other[:2] == ("raised", "ValueError") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shard", ["prompts", "population"])
@@ -253,14 +270,15 @@ def kill_at_random(file, tmp_path, ids, options, kills, seed):
             lock.unlink()
         launcher = torchrun(2, *toy_command(file, out, *options))
         until(lambda: launcher.poll() is not None or (out / ".lock.1").exists())  # noqa: B023
-        pids = ranks_of(launcher) if launcher.poll() is None else {}
+        pids, killed = ranks_of(launcher) if launcher.poll() is None else {}, None
         if len(whom) < kills and len(pids) == 2:
             time.sleep(rng.uniform(0, 1.5))
-            next_one = ("launcher", 0, 1)[len(whom) % 3]
-            with suppress(ProcessLookupError):  # it has ended its work, and the next command's is killed
-                os.kill(pids.get(next_one, launcher.pid), signal.SIGKILL)
-                whom.append(next_one)
+            killed = ("launcher", 0, 1)[len(whom) % 3]
+            with suppress(ProcessLookupError):
+                os.kill(pids.get(killed, launcher.pid), signal.SIGKILL)
         code = launcher.wait(120)
+        if killed is not None and code:  # else its work had ended, and the next command's is killed
+            whom.append(killed)
         until(lambda: all(map(is_gone, pids.values())))  # noqa: B023
         if code == 0:
             check_whole(out, reference, ids)

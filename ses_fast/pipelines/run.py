@@ -199,43 +199,33 @@ def answer(
     that began. as_tensor: an image of the library as [1, 3, H, W] in [-1, 1], for the held-out rewards.
     """
     with request.ranks.joined():
-        return _answer(request, clock, stock, render, as_tensor)
-
-
-def _answer(
-    request: Request,
-    clock: CompileClock,
-    stock: Callable[[], Any],
-    render: Callable[[Request, float], tuple[Any, SearchResult | None]],
-    as_tensor: Callable[[Any], Tensor],
-) -> tuple[Any, SearchResult | None]:
-    begin = clock()
-    base_scores: dict[str, float] = {}
-    if request.held_out:  # first, so that a reward that fails does so before the search is paid
-        base = stock() if request.base is None else render(replace(request, latents=request.base), begin)[0]
-        base_scores = judge(request.held_out, as_tensor(base), request.prompt)
-    judged = clock()
-    image, result = render(request, judged)
-    rendered = clock()
-    if result is None:
-        return image, None
-    seconds = result.seconds
-    seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
-    if request.held_out:
-        answer_scores = base_scores
-        if result.latents is None or not torch.equal(result.latents, result.state.base):
-            try:
-                answer_scores = judge(request.held_out, as_tensor(image), request.prompt)
-            except BaseException as error:
-                object.__setattr__(error, "ses_result", result)
-                raise
-        result = replace(
-            result, held_out={name: HeldOut(base_scores[name], answer_scores[name]) for name in request.held_out}
-        )
-        seconds["held_out"] = judged - begin + clock() - rendered
-    seconds["compile"] = clock.compiling
-    seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
-    return image, result
+        begin = clock()
+        base_scores: dict[str, float] = {}
+        if request.held_out:  # first, so that a reward that fails does so before the search is paid
+            base = stock() if request.base is None else render(replace(request, latents=request.base), begin)[0]
+            base_scores = judge(request.held_out, as_tensor(base), request.prompt)
+        judged = clock()
+        image, result = render(request, judged)
+        rendered = clock()
+        if result is None:
+            return image, None
+        seconds = result.seconds
+        seconds["final"] = rendered - judged - (seconds["total"] - seconds["compile"])
+        if request.held_out:
+            answer_scores = base_scores
+            if result.latents is None or not torch.equal(result.latents, result.state.base):
+                try:
+                    answer_scores = judge(request.held_out, as_tensor(image), request.prompt)
+                except BaseException as error:
+                    object.__setattr__(error, "ses_result", result)
+                    raise
+            result = replace(
+                result, held_out={name: HeldOut(base_scores[name], answer_scores[name]) for name in request.held_out}
+            )
+            seconds["held_out"] = judged - begin + clock() - rendered
+        seconds["compile"] = clock.compiling
+        seconds["total"] = sum(value for name, value in seconds.items() if name != "total")
+        return image, result
 
 
 def judge(

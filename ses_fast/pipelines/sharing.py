@@ -4,7 +4,6 @@ For comparisons, whose methods and tasks begin with the same noises. Kept is a b
 that it depends on, so that a search finds, bit for bit, what it would have made itself.
 """
 
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from ..digests import digest, digest_of_tensor
 from .renderer import Draft, Renderer
 from .request import Request
 
@@ -104,11 +103,11 @@ class _Sharing(Renderer):
         return self.renderer.begin(noises)
 
     def advance(self, draft: Draft, to: int) -> Draft:
-        key = (*self.about, draft.step, to, _digest(draft.latents, *draft.history))
+        key = (*self.about, draft.step, to, _key(draft.latents, *draft.history))
         return self.kept.get(key, lambda: self.renderer.advance(draft, to))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.kept.get((*self.about, "image", _digest(latents)), lambda: self.renderer.decode(latents))
+        return self.kept.get((*self.about, "image", _key(latents)), lambda: self.renderer.decode(latents))
 
 
 def _tensors(work: Tensor | Draft) -> tuple[Tensor, ...]:
@@ -130,9 +129,5 @@ def _copy(work: Any) -> Any:
     )
 
 
-def _digest(*tensors: Tensor) -> bytes:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(repr((tensor.dtype, tensor.shape, tensor.stride())).encode())  # a layout may change the rounding
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.digest()
+def _key(*tensors: Tensor) -> str:
+    return digest(*((part.stride(), digest_of_tensor(part)) for part in tensors))  # a layout may change the rounding
