@@ -59,6 +59,7 @@ def docstring_of(shown: griffe.Object) -> str | None:
 
 
 def body_of(node: Any) -> ast.stmt:
+    """The first statement inside a function."""
     return node.body[0]
 
 

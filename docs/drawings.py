@@ -18,6 +18,7 @@ OUT = Path(__file__).parent / "how"
 
 
 def noise(candidate: int, side: int) -> Tensor:  # [1, 1, side, side]
+    """A candidate's noise, as a search with seed 0 draws it."""
     return philox_normal(0, 0, torch.tensor([candidate]), side * side).view(1, 1, side, side)
 
 
@@ -35,6 +36,7 @@ def show(axes: Any, values: Tensor, title: str, block: int = 1) -> None:
 
 
 def sign(axes: Any, text: str, size: int = 18) -> None:
+    """A sign between two pictures, such as a plus."""
     axes.text(0.5, 0.5, text, fontsize=size, ha="center", va="center")
     axes.set_axis_off()
 
@@ -98,6 +100,7 @@ DRAWINGS = {"candidate.svg": draw_candidate, "half-size.svg": draw_half_size}
 
 
 def main(folder: Path = OUT) -> None:
+    """Draws all of them into the folder."""
     for name, draw in DRAWINGS.items():
         draw(folder / name)
 

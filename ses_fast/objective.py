@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .checks import differences
 from .distributed import ALONE, Ranks
 from .scores import as_scores
 
@@ -83,11 +84,7 @@ def check_fingerprint(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ValueError, with the first difference, for a state whose scores depend on other things than the call's."""
     if not was:
         raise ValueError("the state is of another search: it does not say what its scores are of")
-    for name in sorted((was.keys() | now.keys()) - {"scale"}):
-        before, here = was.get(name), now.get(name)
-        if before == here:
-            continue
-        if isinstance(before, dict) and isinstance(here, dict):
-            names = sorted(each for each in before.keys() | here.keys() if before.get(each) != here.get(each))
-            name, before, here = names[0], before.get(names[0]), here.get(names[0])
-        raise ValueError(f"the state is of another search: its {name} was {before!r}, this call's is {here!r}")
+    was, now = ({name: value for name, value in each.items() if name != "scale"} for each in (was, now))
+    for name, before, here in differences(was, now):
+        field = name.rpartition(".")[-1]
+        raise ValueError(f"the state is of another search: its {field} was {before!r}, this call's is {here!r}")

@@ -61,7 +61,7 @@ IMPORTS = {
     },
     "methods": {"pipelines", "strategies"},
     "models": {"_torchvision", "embedded", "pipelines"},
-    "objective": {"distributed", "scores"},
+    "objective": {"checks", "distributed", "scores"},
     "ops": {"checks", "fast_torch", "kernels", "reference"},
     "page": {"folder"},
     "pipelines": {
