@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import ses_fast
 
@@ -137,6 +139,9 @@ def serve():
         environment, *arguments = arguments
         child = os.fork()
         if child == 0:
+            tqdm.set_lock(
+                threading.RLock()
+            )  # its own one is all forks': who is killed with it leaves none to the others
             os.environ |= json.loads(environment)
             die_before_write(int(die_at))
             null = os.open(os.devnull, os.O_WRONLY)
