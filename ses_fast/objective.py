@@ -81,10 +81,11 @@ class FunctionObjective(Objective):
 
 
 def check_fingerprint(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError, with the first difference, for a state whose scores depend on other things than the call's."""
+    """Raises ValueError, with the outermost difference, for a state whose scores depend on other things than the call's."""
     if not was:
         raise ValueError("the state is of another search: it does not say what its scores are of")
     was, now = ({name: value for name, value in each.items() if name != "scale"} for each in (was, now))
-    for name, before, here in differences(was, now):
-        field = name.rpartition(".")[-1]
-        raise ValueError(f"the state is of another search: its {field} was {before!r}, this call's is {here!r}")
+    # The outermost first: another scheduler says more than one of its settings.
+    for name, before, here in sorted(differences(was, now), key=lambda difference: difference[0].count(".")):
+        name = name.removeprefix("arguments.")
+        raise ValueError(f"the state is of another search: its {name} was {before!r}, this call's is {here!r}")
