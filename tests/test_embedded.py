@@ -229,6 +229,13 @@ def test_a_stage_is_made_after_those_that_it_needs(monkeypatch):
     assert order[-1] == ("export", "autoencoder", "model", "reward", "heldout")
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_a_cpu_that_only_imitates_bf16_trains_in_fp32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with train._precision(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
 def test_data_of_other_inputs_is_refused(tmp_path):
     note = tmp_path / "latents128.json"
     assert not train._is_kept(note, {"seed": 3})
