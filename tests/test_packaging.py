@@ -53,7 +53,7 @@ IMPORTS = {
     "files": set(),
     "generate": {"embedded", "files", "job", "models", "pipelines", "report", "versions"},
     "folder": {"checks", "files", "prompts", "result"},
-    "job": {"embedded", "models", "pipelines", "rewards"},
+    "job": {"embedded", "files", "models", "pipelines", "rewards"},
     "kernels": {"custom_op", "reference"},
     "loop": {
         *("checks", "cpu", "digests", "distributed", "evolution", "objective"),
