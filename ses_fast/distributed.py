@@ -67,8 +67,11 @@ class Ranks(Protocol):
     def send(self, tensor: Tensor | None, device: torch.device | str) -> Tensor:
         """The tensor of the one rank that has it, bit for bit, to all."""
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
-        """Raises ValueError on every rank where one has other facts (as JSON); it says which, and what."""
+    def compare(self, facts: Mapping[str, Any], *, where_known: bool = False) -> None:
+        """Raises ValueError on every rank where one has other facts (as JSON); it says which, and what.
+
+        where_known: a fact that a rank does not have, or None, is no other one.
+        """
 
     def take(self, n: int) -> Iterator[int]:
         """Numbers below n, each to one rank, in order, as the ranks ask for them."""
@@ -102,7 +105,7 @@ class Alone:
         assert tensor is not None
         return tensor
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
+    def compare(self, facts: Mapping[str, Any], *, where_known: bool = False) -> None:
         pass
 
     def take(self, n: int) -> Iterator[int]:
@@ -153,12 +156,13 @@ class Group:
             dist.broadcast(sent.view(-1).view(torch.uint8), group=self.group, group_src=source)
         return sent.to(device)
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
+    def compare(self, facts: Mapping[str, Any], *, where_known: bool = False) -> None:
         every = self._exchange(facts)
         others = [
             f"rank {rank} has {name} {theirs!r:.200}, rank 0 {first!r:.200}"
             for rank, each in enumerate(every)
             for name, first, theirs in differences(every[0], each)
+            if not (where_known and None in (first, theirs))
         ]
         if others:
             raise ValueError(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import environment, free_port, returned, together
 from test_batch import PROMPTS, SMALL, leftovers, lines, pictures, toy_command
 from toy_batch import Forks, ToyPipeline, redness
@@ -95,6 +96,7 @@ def of_batch(ranks, out, prompts, options, fault=""):
     import warnings
 
     def reward(images, prompt):
+        assert judge is not None  # as a reward that has weights
         if fault == "a prompt" and prompt == PROMPTS[1] and (ranks.rank == 1 or options.get("shard") == "prompts"):
             raise ValueError("no")
         return redness(images, prompt)
@@ -102,7 +104,11 @@ def of_batch(ranks, out, prompts, options, fault=""):
     if fault == "disk" and ranks.rank == 0:
         folder.write_whole = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     reward.__module__, reward.__qualname__ = redness.__module__, redness.__qualname__
-    pipe = ToyPipeline()
+    pipe, judge = ToyPipeline(), torch.nn.BatchNorm1d(1)
+    pipe.vae = torch.nn.BatchNorm1d(1)
+    of_rank_1 = {"weights": pipe.vae.weight, "buffers": pipe.vae.running_mean, "checkpoint": judge.bias}
+    if fault in of_rank_1 and ranks.rank == 1:
+        of_rank_1[fault].data += 1
     call = {"ses_reward_model": reward, "ses_eval_budget": 10, "ses_config": SMALL, "progress": False} | options
     if fault == "seed":
         call["seed"] = ranks.rank
@@ -152,9 +158,19 @@ def test_a_prompt_that_fails_stops_nothing(shard, tmp_path):
     assert {each[1] for each in first[0]} == {"done"} and {*first[1], *other[1]} == {PROMPTS[1]}
 
 
-def test_other_settings_on_a_rank_are_named(tmp_path):
-    for kind, name, text in together(of_batch, 2, tmp_path / "out", PROMPTS, {}, "seed"):
-        assert (kind, name) == ("raised", "ValueError") and "rank 1 has seed 1, rank 0 0" in text
+# What rank 1 has otherwise -> what is said on both.
+OTHERS = {
+    "seed": "rank 1 has seed 1, rank 0 0",
+    "weights": "rank 1 has weights of pipe.vae 'sha256:",
+    "buffers": "rank 1 has weights of pipe.vae 'sha256:",
+    "checkpoint": "rank 1 has weights of ses_reward_model.judge 'sha256:",
+}
+
+
+@pytest.mark.parametrize("fault", OTHERS)
+def test_other_settings_or_weights_on_a_rank_are_named(fault, tmp_path):
+    for kind, name, text in together(of_batch, 2, tmp_path / "out", PROMPTS, {}, fault):
+        assert (kind, name) == ("raised", "ValueError") and OTHERS[fault] in text
     assert not (tmp_path / "out").exists()
 
 
