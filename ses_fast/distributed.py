@@ -256,8 +256,11 @@ def start(timeout: timedelta = TIMEOUT) -> Ranks:
     """The ranks of the processes that torchrun has started, this one among them; alone without torchrun.
 
     Each takes the GPU of its LOCAL_RANK, where there are any. timeout: how long one waits for the others. A process
-    group that exists already is taken as it is. Raises ValueError for more processes on a machine than it has GPUs.
+    group that exists already is taken as it is. Raises ValueError for more processes on a machine than it has GPUs, and
+    for what is no time.
     """
+    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+        raise ValueError(f"timeout must be a datetime.timedelta above 0, got {timeout!r:.200}")
     if not any(name in os.environ for name in STARTED_BY[:2]) or not dist.is_available():
         return ALONE
     if missing := [name for name in STARTED_BY if name not in os.environ]:

@@ -47,7 +47,7 @@ IMPORTS = {
     "custom_op": set(),
     "digests": set(),
     "distributed": {"checks"},
-    "embedded": {"_torchvision", "rewards"},
+    "embedded": {"_torchvision", "checks", "rewards"},
     "evolution": {"checks", "ops", "reference", "spectral", "state", "strategies"},
     "fast_torch": {"custom_op", "reference"},
     "files": set(),
