@@ -30,6 +30,10 @@ def forks():
         yield forks
 
 
+def lines_of(record):
+    return record.read_text().splitlines()
+
+
 def check_whole(out, reference, ids):
     """Every prompt is done once, as one process does it, and nothing else is left."""
     done = {line["id"]: line for line in lines(out)}
@@ -97,6 +101,8 @@ def of_batch(ranks, out, prompts, options, fault=""):
 
     def reward(images, prompt):
         assert judge is not None  # as a reward that has weights
+        if fault == f"stop {ranks.rank}":
+            raise KeyboardInterrupt
         if fault == "a prompt" and prompt == PROMPTS[1] and (ranks.rank == 1 or options.get("shard") == "prompts"):
             raise ValueError("no")
         return redness(images, prompt)
@@ -188,6 +194,17 @@ def test_a_disk_that_is_full_for_one_ends_all(shard, tmp_path):
     assert other[2].startswith("rank 0: CannotWrite: cannot write") and {r["status"] for r in lines(tmp_path)} == {
         "done"
     }
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_others_stop_soon_where_one_has_stopped(who, tmp_path):
+    """They do not work through all the prompts that are left first."""
+    many = [f"prompt {i}" for i in range(200)]
+    said = together(of_batch, 2, tmp_path, many, {"shard": "prompts"}, f"stop {who}")
+    assert said[who] == ("raised", "KeyboardInterrupt", "") and said[1 - who][:2] == ("raised", "RankFailed")
+    assert said[1 - who][2] == f"rank {who}: KeyboardInterrupt: "
+    assert sum(map(len, map(lines_of, tmp_path.glob("results*.jsonl")))) < 150
+    returned(together(of_batch, 2, tmp_path, many[:2], {"shard": "prompts"}))
 
 
 def test_a_process_group_is_the_batchs_own():
