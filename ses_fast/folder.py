@@ -171,7 +171,8 @@ class Folder:
             return
         try:
             for other in self.path.glob(".lock.*"):  # whoever holds it has outlived an earlier run
-                self._locked(int(other.suffix[1:])).release()
+                if other.suffix[1:].isdecimal():
+                    self._locked(int(other.suffix[1:])).release()
             self._tidy(restart)
             self._share(settings)
             self._read(self._record)
