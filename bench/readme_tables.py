@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, embedded, floor, reference_tables
+from bench import cpu, embedded, floor, reference_tables, scaling
 from bench.collect import stored
 from bench.end_to_end import MODELS, ROWS
 from bench.ops import RESULTS, result_path
@@ -250,6 +250,7 @@ SECTIONS: list[tuple[str, str, Callable[[Any], str], Callable[[], Any]]] = [
     ("docs/results/speed.md", "performance", performance, stored),
     ("docs/results/speed.md", "operators", operators, stored),
     ("docs/results/floors.md", "floors", floors, json_of("*-floor.json")),
+    ("docs/scaling.md", "scaling", scaling.section, stored),
     ("docs/how/strategies.md", "strategies", reference_tables.strategies, reference_tables.known_strategies),
     ("docs/how/kernels.md", "kernels", reference_tables.kernels, reference_tables.kernel_files),
     ("docs/results/index.md", "inventory", inventory, every_file),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .checks import check_truths, whole_number
-from .digests import digest, digest_of_weights
+from .digests import digest, digests_of_weights
 from .distributed import ALONE, LostRank, RankFailed, Ranks, ranks_of
 from .errors import warn
 from .files import as_path
@@ -117,8 +117,9 @@ def run(
             "ses_inference_steps": ses_inference_steps,
         }
         if ranks.size > 1:
-            asked = {"prompts": digest(wanted), "shard": shard, "restart": restart, "weights": _weights(pipe)}
-            ranks.compare(settings | asked)
+            ranks.compare(settings | {"prompts": digest(wanted), "shard": shard, "restart": restart})
+            rewards = {"ses_reward_model": ses_reward_model, "report_rewards": config.report_rewards}
+            ranks.compare(digests_of_weights(pipe=pipe, **rewards), where_known=True)
         folder, left = _opened(out, settings, restart, ranks, wanted, seed)
     if shard is None:
         shard = "prompts" if _prompts_are_quicker(config.popsize, ranks.size, len(left)) else "population"
@@ -152,12 +153,6 @@ def _opened(
             folder.close()
         raise
     return folder, [wanted[i] for i in numbers]
-
-
-def _weights(pipe: Any) -> list[str]:
-    """A digest of each model of the pipeline."""
-    parts = [pipe] if isinstance(pipe, torch.nn.Module) else getattr(pipe, "components", {}).values()
-    return [digest_of_weights(part) for part in parts if isinstance(part, torch.nn.Module)]
 
 
 def _prompts_are_quicker(popsize: int, size: int, prompts: int) -> bool:

@@ -24,6 +24,7 @@ from .checks import differences
 TIMEOUT = timedelta(hours=1)  # how long a rank waits for the others
 STARTED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 MOST_CHARACTERS = 4_000  # of an error that travels
+ENDED = 1 << 40  # numbers taken, when nobody shall take one any more
 
 
 class RankFailed(RuntimeError):
@@ -67,19 +68,23 @@ class Ranks(Protocol):
     def send(self, tensor: Tensor | None, device: torch.device | str) -> Tensor:
         """The tensor of the one rank that has it, bit for bit, to all."""
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
-        """Raises ValueError on every rank where one has other facts (as JSON); it says which, and what."""
+    def compare(self, facts: Mapping[str, Any], *, where_known: bool = False) -> None:
+        """Raises ValueError on every rank where one has other facts (as JSON); it says which, and what.
+
+        where_known: a fact that a rank does not have, or None, is no other one.
+        """
 
     def take(self, n: int) -> Iterator[int]:
-        """Numbers below n, each to one rank, in order, as the ranks ask for them."""
+        """Numbers below n, each to one rank, in order, as the ranks ask for them; no more when one has failed."""
 
     def in_touch(self) -> None:
-        """Raises LostRank where the numbers of `take` are gone: who started this process has died."""
+        """Raises LostRank where the store is gone: who started this process has died; and while numbers are taken,
+        RankFailed where another rank has failed."""
 
     def joined(self) -> AbstractContextManager[None]:
         """What is raised inside on one rank leaves there as it is, and on every other as RankFailed.
 
-        The others hear of it when they next gather, or at the end of this context.
+        The others hear of it when they next gather, or are in touch, or at the end of this context.
         """
 
 
@@ -102,7 +107,7 @@ class Alone:
         assert tensor is not None
         return tensor
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
+    def compare(self, facts: Mapping[str, Any], *, where_known: bool = False) -> None:
         pass
 
     def take(self, n: int) -> Iterator[int]:
@@ -128,7 +133,7 @@ class Group:
         self.group, self.store = group, group.get_group_store()
         # What travels is the host's. By gloo, where the group has it, because it says at once that a process has died.
         self.device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
-        self.queue = "ses_fast"  # the store's key of `take`
+        self.queue: str | None = None  # the store's key of `take`, while numbers are taken
 
     def share(self, n: int) -> slice:
         each, more = divmod(n, self.size)
@@ -153,12 +158,13 @@ class Group:
             dist.broadcast(sent.view(-1).view(torch.uint8), group=self.group, group_src=source)
         return sent.to(device)
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
+    def compare(self, facts: Mapping[str, Any], *, where_known: bool = False) -> None:
         every = self._exchange(facts)
         others = [
             f"rank {rank} has {name} {theirs!r:.200}, rank 0 {first!r:.200}"
             for rank, each in enumerate(every)
             for name, first, theirs in differences(every[0], each)
+            if not (where_known and None in (first, theirs))
         ]
         if others:
             raise ValueError(
@@ -173,13 +179,15 @@ class Group:
     def _taken(self, n: int) -> Iterator[int]:
         while (number := self._add(1) - 1) < n:
             yield number
+        self.queue = None
 
     def in_touch(self) -> None:
-        self._add(0)
+        if self._add(0) >= ENDED:
+            self._exchange(None)  # the one that has failed waits there, to say how
 
     def _add(self, count: int) -> int:
         with _in_touch():
-            return self.store.add(self.queue, count)
+            return self.store.add(self.queue or "ses_fast", count)
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -189,11 +197,14 @@ class Group:
         except BaseException as error:
             if not _is_told(error):
                 try:
+                    if self.queue is not None:  # the others gather nothing before the last number is taken
+                        self._add(ENDED)
                     self._exchange(None, error)
                 except LostRank as lost:
                     error.add_note(f"the other processes could not be told: {lost}")
                 # An exception may be a frozen dataclass, which refuses error.ses_told = ...
                 object.__setattr__(error, "ses_told", True)
+            self.queue = None
             raise
 
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
@@ -252,8 +263,11 @@ def start(timeout: timedelta = TIMEOUT) -> Ranks:
     """The ranks of the processes that torchrun has started, this one among them; alone without torchrun.
 
     Each takes the GPU of its LOCAL_RANK, where there are any. timeout: how long one waits for the others. A process
-    group that exists already is taken as it is. Raises ValueError for more processes on a machine than it has GPUs.
+    group that exists already is taken as it is. Raises ValueError for more processes on a machine than it has GPUs, and
+    for what is no time.
     """
+    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+        raise ValueError(f"timeout must be a datetime.timedelta above 0, got {timeout!r:.200}")
     if not any(name in os.environ for name in STARTED_BY[:2]) or not dist.is_available():
         return ALONE
     if missing := [name for name in STARTED_BY if name not in os.environ]:

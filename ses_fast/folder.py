@@ -7,9 +7,9 @@
     searches/            NAME.safetensors, a search under way, after its last complete generation
     summary.json, index.html
 
-Every file but these two appears whole. Each of them has one writer, which holds a lock of its own. There a line is on
-the disk before the next prompt begins, and a last line that was cut off is dropped. What cannot be written is an error
-of the folder, not of the prompt.
+Every file but the records of results appears whole. Each of those has one writer, which holds a lock of its own. There
+a line is on the disk before the next prompt begins, and a last line that was cut off is dropped. What cannot be written
+is an error of the folder, not of the prompt.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from .checks import differences
 from .errors import missing_extra
-from .files import write_whole
+from .files import make_folder, sync_folder, write_whole
 from .prompts import Prompt, file_stem
 from .result import SearchResult
 
@@ -162,15 +162,17 @@ class Folder:
     ) -> None:
         self.path, self.rank = Path(path), rank
         self.results: dict[str, Result] = {}  # by id, the last of each
+        self._has_record = False  # whether the record's name is on the disk
         with self._writing(self.path):
             for folder in (self.path, self.images, self.searches):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
         self._lock = self._locked(rank)
         if rank > 0:
             return
         try:
             for other in self.path.glob(".lock.*"):  # whoever holds it has outlived an earlier run
-                self._locked(int(other.suffix[1:])).release()
+                if other.suffix[1:].isdecimal():
+                    self._locked(int(other.suffix[1:])).release()
             self._tidy(restart)
             self._share(settings)
             self._read(self._record)
@@ -260,6 +262,9 @@ class Folder:
     def add(self, result: Result) -> None:
         """Puts a line in results.jsonl; it is on the disk when this returns."""
         with self._writing(self._record), self._record.open("ab") as file:
+            if not self._has_record:  # it may be new, or its folder may not have been synced before a kill
+                sync_folder(self.path)
+                self._has_record = True
             file.write(_line(result))
             file.flush()
             os.fsync(file.fileno())
@@ -316,13 +321,20 @@ class Folder:
 
     def _tidy(self, restart: bool) -> None:
         """Removes what a killed run left half-written, and with restart all that a batch has made."""
-        left = [part for folder in (self.path, self.images, self.searches) for part in folder.glob(".*.part")]
-        if restart and self._settings.exists():
-            # The results first: what a kill leaves in between is a batch without them, which begins anew.
+        folders = (self.path, self.images, self.searches)
+        left = [part for folder in folders for part in folder.glob(".*.part")]
+        restarts = restart and self._settings.exists()
+        if restarts:
             left += [self._record, *self._others, self.summary, self.page]
-            left += [*self.searches.glob("*.safetensors"), *self.images.glob("*.png"), self._settings]
+            left += [*self.searches.glob("*.safetensors"), *self.images.glob("*.png")]
         for path in left:
             self.remove(path)
+        if restarts:
+            # The settings last: what a kill or a power cut leaves is a batch without results, which begins anew.
+            for folder in folders:
+                with self._writing(folder):
+                    sync_folder(folder)
+            self.remove(self._settings)
 
     def _share(self, settings: Mapping[str, Any]) -> None:
         now = {"format": FOLDER_FORMAT, **json.loads(json.dumps(settings))}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .files import make_folder
 from .models import model_of
 
 EMBEDDED = {"embedded": False, "embedded_heldout": True}  # the embedded model's rewards -> heldout=
@@ -141,7 +142,7 @@ def checked_prompt(prompt: str) -> str:
 def check_writable(folder: Path, names: Sequence[str] = ()) -> None:
     """Raises ValueError where the folder cannot be made or written to, or holds a folder of one of the names."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error

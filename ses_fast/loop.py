@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import check_options, check_truths, whole_number
 from .cpu import keep_memory
-from .digests import digest, digest_of_tensor
+from .digests import digest, digest_of_tensor, digests_of_weights
 from .distributed import Ranks, ranks_of
 from .evolution import EvolutionConfig, SearchState, ask, start, tell
 from .objective import FunctionObjective, Objective
@@ -112,6 +112,8 @@ def evolve(
             objective.resume(state.fingerprint)
         if ranks.size > 1:
             ranks.compare({**_facts(state), "budget": budget, "time_limit": time_limit, **objective.facts})
+            if isinstance(objective, FunctionObjective):  # another one says itself what it is
+                ranks.compare(digests_of_weights(objective_reward_fn=objective.function), where_known=True)
         if base_latents.device.type == "cpu":
             keep_memory()  # previews free and take the same memory again and again
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor
 from toy_batch import ToyPipeline, redness
 
 import ses_fast
-from ses_fast import Preview, SESConfig, batch, evolution, ops, rewards, spectral
+from ses_fast import Preview, SESConfig, batch, distributed, embedded, evolution, ops, rewards, spectral
 from ses_fast.evolution import EvolutionConfig, SearchState
 from ses_fast.prompts import read_prompts
 from ses_fast.reference import band_size
@@ -312,6 +313,7 @@ SEARCH = st.fixed_dictionaries(
         "time_limit": st.just(0.5),
         "state": st.none(),
         "backend": BACKEND,
+        "process_group": st.none() | st.just("auto"),
     }
 )
 
@@ -344,6 +346,7 @@ CONFIG = st.fixed_dictionaries(
         "latents": st.none(),
         "backend": BACKEND,
         "report_rewards": st.sampled_from([(), ["pick"], {"mine": objective}]),
+        "process_group": st.none() | st.just("auto"),
     }
 )
 
@@ -448,6 +451,8 @@ BATCH = st.fixed_dictionaries(
         "model": st.none() | st.just("mine"),
         "restart": st.booleans(),
         "progress": st.just(False),
+        "shard": st.sampled_from([None, "prompts", "population"]),
+        "process_group": st.none() | st.just("auto"),
     }
 )
 
@@ -495,6 +500,54 @@ def fits_call(image: Any, a: dict[str, Any]) -> None:
     assert image.size == (32, 32)
     if a["enable_ses"] and a["ses_eval_budget"]:
         assert 1 <= tiny().ses_result.evaluations <= a["ses_eval_budget"]
+
+
+def backend_set(name: Any) -> None:
+    ses_fast.set_backend(name)
+    ses_fast.set_backend("auto")
+
+
+stock = functools.cache(tiny_z_image)
+PIPE = {"pipe": "pipelines"}
+
+
+def enabled_and_disabled(pipe: Any, compile: Any) -> Any:
+    return ses_fast.disable(
+        ses_fast.enable(stock() if isinstance(pipe, str) and pipe == "tiny" else pipe, compile=compile)
+    )
+
+
+def scored_by_pictures(function: Any, batched: Any) -> Tensor:
+    return rewards.from_pil(function, batched)(noise(2, 3, 5, 4), "a fox")
+
+
+def brightness(pictures: Any, prompt: str) -> Any:
+    means = [np.asarray(each).mean() for each in (pictures if isinstance(pictures, list) else [pictures])]
+    return means if isinstance(pictures, list) else means[0]
+
+
+VLM = st.fixed_dictionaries(
+    {
+        "model": st.just("m"),
+        "base_url": st.just("http://localhost:1/v1"),
+        "question": st.just("{prompt}?"),
+        "api_key": st.none() | st.just("k"),
+        "low": st.just(0),
+        "high": st.just(10.0),
+        "attempts": st.integers(1, 3),
+        "max_retries": st.integers(0, 3),
+        "timeout": st.floats(0.1, 9),
+        "concurrency": st.integers(1, 9),
+        "cache_size": st.integers(0, 9),
+        "options": st.just({}) | st.just({"temperature": None}),
+    }
+)
+DEVICE = st.sampled_from(["cpu", torch.device("cpu")])
+
+
+@functools.cache
+def found() -> ses_fast.SearchResult:
+    return ses_fast.evolve(noise(1, 2, 8, 8), objective, 2, 2, 1, "db1", 1, seed=0, progress=False)
 
 
 # ---------------------------------------------------------------- the table
@@ -579,6 +632,69 @@ TARGETS = {
     ),
     "SESConfig.from_file": Target(reading(SESConfig.from_file), PATH, lambda found, a: None),
     "read_prompts": Target(reading(read_prompts), PATH, lambda found, a: None, {"path": "source"}),
+    "SESConfig.call_from_file": Target(reading(SESConfig.call_from_file), PATH, lambda found, a: None),
+    "SearchResult.save": Target(
+        lambda path: found().save(path),
+        st.fixed_dictionaries({"path": st.just("found.safetensors")}),
+        lambda nothing, a: ses_fast.SearchResult.load(a["path"]),
+    ),
+    "set_backend": Target(
+        backend_set,
+        st.fixed_dictionaries({"name": st.sampled_from(["auto", "torch"])}),
+        lambda x, a: None,
+        {"name": "backend"},
+    ),
+    "enable and disable": Target(
+        enabled_and_disabled,
+        st.fixed_dictionaries({"pipe": st.just("tiny"), "compile": st.booleans()}),
+        lambda pipe, a: None,
+        PIPE,
+    ),
+    "disable": Target(ses_fast.disable, st.fixed_dictionaries({"pipe": st.builds(tiny)}), lambda pipe, a: None, PIPE),
+    "from_pil": Target(
+        scored_by_pictures,
+        st.fixed_dictionaries({"function": st.just(brightness), "batched": st.booleans()}),
+        lambda scores, a: scores.shape == (2,),
+    ),
+    "VLMReward": Target(rewards.VLMReward, VLM, lambda reward, a: reward.name, {"options": "options|fields"}),
+    "distributed.start": Target(
+        distributed.start,
+        st.fixed_dictionaries({"timeout": st.timedeltas(timedelta(seconds=1))}),
+        lambda ranks, a: ranks.size,
+    ),
+    "ranks_of": Target(
+        distributed.ranks_of,
+        st.fixed_dictionaries({"process_group": st.none() | st.just("auto")}),
+        lambda ranks, a: ranks.size,
+    ),
+    "embedded.captions": Target(
+        embedded.captions, st.fixed_dictionaries({"heldout": st.just(True)}), lambda captions, a: captions[0]
+    ),
+    "embedded.judge": Target(
+        embedded.judge,
+        st.fixed_dictionaries(
+            {
+                "image": st.just(noise(3, 32, 32)) | st.just(noise(1, 3, 16, 24)),
+                "caption": st.just("two red squares left of three blue rings"),
+            }
+        ),
+        lambda facts, a: facts["all"],
+    ),
+    "embedded.load_reward": Target(
+        embedded.load_reward,
+        st.fixed_dictionaries(
+            {"name": st.just("jpeg"), "heldout": st.just(False), "device": DEVICE, "dtype": WIDE},
+        ),
+        lambda reward, a: reward(noise(1, 3, 16, 16).clamp(-1, 1), "two red squares left of three blue rings"),
+        {"name": "reward|rewards", "heldout": "heldout|held-out"},
+        ("name", "heldout"),
+    ),
+    "embedded.load_pipeline": Target(
+        embedded.load_pipeline,
+        st.fixed_dictionaries({"device": DEVICE, "torch_dtype": WIDE}),
+        lambda pipe, a: pipe.dit,
+        {"torch_dtype": "dtype"},
+    ),
     "a pipeline's call": Target(called, CALL, fits_call, {"ses_reward_model": "ses_reward_model|reward|rewards"}),
 }
 

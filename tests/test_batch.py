@@ -543,7 +543,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         run(PROMPTS, tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize("at", range(1, 16))
+@pytest.mark.parametrize("at", [*range(1, 20), 22, 36])  # of files and of folders: settings, a prompt, a line, the page
 def test_a_write_that_fails_ends_the_run_and_not_the_prompt(at, tmp_path, whole, monkeypatch):
     """No line says that a prompt failed, nothing half-written stays, and the same command goes on."""
     count, fsync = 0, os.fsync
@@ -628,7 +628,8 @@ def test_a_kill_at_any_write(forks, tmp_path, prompts):
         writes += 1
         assert forks.run(*toy_command(file, out)) == 0
         check_whole(out, reference, ids)
-    assert writes >= 6 + 10 * prompts  # settings, page and summary; two states, two images, a line, a removal
+    # Two folders, settings, page, summary and the name of the results; two states, two images, a line, a removal.
+    assert writes >= 2 + 3 * 3 + 1 + (3 * 4 + 2) * prompts
 
 
 def test_kills_during_a_restart(forks, tmp_path):
@@ -638,7 +639,8 @@ def test_kills_during_a_restart(forks, tmp_path):
     assert forks.run(*toy_command(file, reference, "--seed", 1)) == 0
     ids = [line["id"] for line in lines(reference)]
     assert forks.run(*toy_command(file, tmp_path / "old")) == 0
-    for number in (1, 2, 4, 6, 8):
+    # Removed are two results' files, the page, four images; then the folders are synced, and the settings go last.
+    for number in (1, 2, 4, 6, 8, 11, 12, 13):
         out = tmp_path / f"out{number}"
         shutil.copytree(tmp_path / "old", out)
         assert forks.run(*toy_command(file, out, "--seed", 1, "--restart"), die_at=number) == -signal.SIGKILL

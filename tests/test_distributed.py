@@ -1,5 +1,6 @@
 """Several processes find what one finds, bit for bit, and none is left waiting when another fails."""
 
+import functools
 import math
 import os
 import signal
@@ -202,6 +203,17 @@ def hue(images, prompt):  # another one than brightness
     return (images[:, 0] - images[:, 2]).mean((1, 2))
 
 
+class Judge:
+    """A reward with weights, of a checkpoint's number."""
+
+    def __init__(self, checkpoint):
+        self.model = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.constant_(self.model.weight, checkpoint)
+
+    def __call__(self, images, prompt):
+        return self.model(images.mean((2, 3)))[:, 0]
+
+
 def of_pipeline(ranks, config, call, fault=""):
     """(the facts, what on_preview saw, a digest of the image, how many images the reward got at once)"""
     pipe = ses_fast.enable(tiny.tiny_z_image())
@@ -220,6 +232,7 @@ def of_pipeline(ranks, config, call, fault=""):
     if fault == "weights" and ranks.rank == 1:
         with torch.no_grad():
             pipe.dit.layers[0].feed_forward.w1.weight += 1
+    pipe.dit.register_buffer("shift", torch.full((3,), 1.0 if fault == "buffers" and ranks.rank == 1 else 0.0))
     if fault == "memory" and ranks.rank == 1:
         decode, pipe.vae_decoder.forward = pipe.vae_decoder.forward, None
 
@@ -233,6 +246,10 @@ def of_pipeline(ranks, config, call, fault=""):
     rewards = {"ses_reward_model": reward}
     if call.pop("sum", False):
         rewards = {"ses_reward_model": ses_fast.rewards.WeightedReward({"a": reward, "b": hue}, {"a": 1.0, "b": 0.5})}
+    if fault == "checkpoint":
+        rewards = {"ses_reward_model": Judge(ranks.rank)}
+    if fault == "held-out checkpoint":
+        config = config | {"report_rewards": {"judge": Judge(ranks.rank)}}
     config = SESConfig(**tiny.QUIET | config, on_preview=on_preview, process_group=ranks)
     given = tiny.BASE | {"prompt": prompt, "enable_ses": True, "ses_inference_steps": 4, "num_inference_steps": 4}
     try:
@@ -285,10 +302,47 @@ def test_a_reward_that_raises_on_one_rank_ends_the_call_on_both():
     assert first == ("RankFailed: rank 1: Broken: no", 2) and other == ("Broken: no", 2)
 
 
-@pytest.mark.parametrize("fault", ["weights", "prompt"])
-def test_another_pipeline_or_prompt_is_named(fault):
+# What rank 1 has otherwise -> what the error calls it.
+FAULTS = {
+    "weights": "weights",
+    "buffers": "weights",
+    "prompt": "prompt",
+    "checkpoint": "weights of ses_reward_model.model",
+    "held-out checkpoint": "weights of report_rewards.judge.model",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_another_pipeline_prompt_or_reward_is_named(fault):
     for kind, name, text in together(of_pipeline, 2, {}, {}, fault):
-        assert (kind, name) == ("raised", "ValueError") and f"rank 1 has {fault} '" in text
+        assert (kind, name) == ("raised", "ValueError") and f"rank 1 has {FAULTS[fault]} '" in text
+
+
+def loads_late(ranks):
+    """A reward that loads its weights when it is first called, which the last of three ranks never does."""
+
+    class Late(Judge):
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, images, prompt):
+            if not self.calls:
+                super().__init__(1)
+            self.calls += 1
+            return super().__call__(images, prompt)
+
+    judge, found = Late(), []
+    for seed in (0, 1):
+        objective = functools.partial(judge, prompt="")
+        options = SEARCH | {"popsize": 2, "total_eval_budget": 4, "seed": seed}
+        found.append(facts(ses_fast.evolve(base(), objective, **options, process_group=ranks)))
+    return found, judge.calls
+
+
+def test_weights_that_a_rank_has_not_loaded_yet_are_no_others():
+    alone, _ = loads_late(ALONE)
+    said = returned(together(loads_late, 3))
+    assert [found for found, _ in said] == [alone] * 3 and [calls for _, calls in said] == [4, 4, 0]
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -341,15 +395,17 @@ def test_an_error_of_one_rank_ends_the_search_on_all(case):
 def others_search(ranks, other):
     options = dict(SEARCH)
     start = base()
+    judge = Judge(ranks.rank if other == "weights" else 0)
     if ranks.rank == 1:
         options |= other if isinstance(other, dict) else {}
         start = base(1) if other == "base" else start
-    ses_fast.evolve(start, bumpy, **options, process_group=ranks)
+    ses_fast.evolve(start, lambda candidates: judge(candidates, ""), **options, process_group=ranks)
 
 
 # What rank 1 has otherwise -> what is said on both ranks.
 OTHERS = {
     "base": "rank 1 has base 'sha256:",
+    "weights": "rank 1 has weights of objective_reward_fn.judge.model 'sha256:",
     "seed": ({"seed": 6}, "rank 1 has seed 6, rank 0 5"),
     "popsize": ({"popsize": 8}, "rank 1 has settings.popsize 8, rank 0 7"),
     "budget": ({"total_eval_budget": 9}, "rank 1 has budget 9, rank 0 23"),

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import environment, free_port, returned, together
-from test_batch import PROMPTS, SMALL, leftovers, lines, pictures, toy_command
+from test_batch import EMBEDDED, PROMPTS, SMALL, command, leftovers, lines, pictures, toy_command
 from toy_batch import Forks, ToyPipeline, redness
 
-from ses_fast import batch, folder
+from ses_fast import batch, embedded, folder
 from ses_fast.folder import Folder, Result
 
 MANY = [f"{colour} {thing}" for colour in ("red", "green") for thing in ("foxes", "cats", "hills")]
@@ -27,6 +28,10 @@ NAMES = {"batch.json", "results.jsonl", "summary.json", "index.html", "images", 
 def forks():
     with Forks() as forks:
         yield forks
+
+
+def lines_of(record):
+    return record.read_text().splitlines()
 
 
 def check_whole(out, reference, ids):
@@ -95,6 +100,9 @@ def of_batch(ranks, out, prompts, options, fault=""):
     import warnings
 
     def reward(images, prompt):
+        assert judge is not None  # as a reward that has weights
+        if fault == f"stop {ranks.rank}":
+            raise KeyboardInterrupt
         if fault == "a prompt" and prompt == PROMPTS[1] and (ranks.rank == 1 or options.get("shard") == "prompts"):
             raise ValueError("no")
         return redness(images, prompt)
@@ -102,7 +110,11 @@ def of_batch(ranks, out, prompts, options, fault=""):
     if fault == "disk" and ranks.rank == 0:
         folder.write_whole = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     reward.__module__, reward.__qualname__ = redness.__module__, redness.__qualname__
-    pipe = ToyPipeline()
+    pipe, judge = ToyPipeline(), torch.nn.BatchNorm1d(1)
+    pipe.vae = torch.nn.BatchNorm1d(1)
+    of_rank_1 = {"weights": pipe.vae.weight, "buffers": pipe.vae.running_mean, "checkpoint": judge.bias}
+    if fault in of_rank_1 and ranks.rank == 1:
+        of_rank_1[fault].data += 1
     call = {"ses_reward_model": reward, "ses_eval_budget": 10, "ses_config": SMALL, "progress": False} | options
     if fault == "seed":
         call["seed"] = ranks.rank
@@ -152,9 +164,19 @@ def test_a_prompt_that_fails_stops_nothing(shard, tmp_path):
     assert {each[1] for each in first[0]} == {"done"} and {*first[1], *other[1]} == {PROMPTS[1]}
 
 
-def test_other_settings_on_a_rank_are_named(tmp_path):
-    for kind, name, text in together(of_batch, 2, tmp_path / "out", PROMPTS, {}, "seed"):
-        assert (kind, name) == ("raised", "ValueError") and "rank 1 has seed 1, rank 0 0" in text
+# What rank 1 has otherwise -> what is said on both.
+OTHERS = {
+    "seed": "rank 1 has seed 1, rank 0 0",
+    "weights": "rank 1 has weights of pipe.vae 'sha256:",
+    "buffers": "rank 1 has weights of pipe.vae 'sha256:",
+    "checkpoint": "rank 1 has weights of ses_reward_model.judge 'sha256:",
+}
+
+
+@pytest.mark.parametrize("fault", OTHERS)
+def test_other_settings_or_weights_on_a_rank_are_named(fault, tmp_path):
+    for kind, name, text in together(of_batch, 2, tmp_path / "out", PROMPTS, {}, fault):
+        assert (kind, name) == ("raised", "ValueError") and OTHERS[fault] in text
     assert not (tmp_path / "out").exists()
 
 
@@ -172,6 +194,17 @@ def test_a_disk_that_is_full_for_one_ends_all(shard, tmp_path):
     assert other[2].startswith("rank 0: CannotWrite: cannot write") and {r["status"] for r in lines(tmp_path)} == {
         "done"
     }
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_others_stop_soon_where_one_has_stopped(who, tmp_path):
+    """They do not work through all the prompts that are left first."""
+    many = [f"prompt {i}" for i in range(200)]
+    said = together(of_batch, 2, tmp_path, many, {"shard": "prompts"}, f"stop {who}")
+    assert said[who] == ("raised", "KeyboardInterrupt", "") and said[1 - who][:2] == ("raised", "RankFailed")
+    assert said[1 - who][2] == f"rank {who}: KeyboardInterrupt: "
+    assert sum(map(len, map(lines_of, tmp_path.glob("results*.jsonl")))) < 150
+    returned(together(of_batch, 2, tmp_path, many[:2], {"shard": "prompts"}))
 
 
 def test_a_process_group_is_the_batchs_own():
@@ -221,18 +254,22 @@ def test_a_rank_that_has_outlived_its_run_keeps_the_folder(tmp_path):
         for _ in range(2):  # and the first rank's own lock was given back
             with pytest.raises(ValueError, match="another process works in"):
                 Folder(tmp_path, {})
+    (tmp_path / ".lock.swp").touch()  # an editor's, of no rank
     Folder(tmp_path, {}).close()
 
 
 # ---------------------------------------------------------------- torchrun
 
 
-def torchrun(size, *arguments):
-    toys = Path(__file__).parent / "toy_batch.py"
+COMMAND = ("-m", "ses_fast", "batch")  # what a user types after torchrun
+TOYS = (Path(__file__).parent / "toy_batch.py",)  # the same with the toy
+
+
+def torchrun(size, *program, **options):
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={free_port()}"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     alone = {name: value for name, value in os.environ.items() if name not in environment(0, 0, 0)}
-    return subprocess.Popen([*launch, toys, *map(str, arguments)], env=alone | {"OMP_NUM_THREADS": "1"}, **quiet)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    return subprocess.Popen([*launch, *map(str, program)], env=alone | {"OMP_NUM_THREADS": "1"}, **options)
 
 
 def ranks_of(launcher):
@@ -252,31 +289,42 @@ def is_gone(pid):
         return True
 
 
-def until(happens, seconds=120):
+PATIENCE = 600  # seconds: two processes load a model on one slow core
+
+
+def until(happens, seconds=PATIENCE):
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end, "it hangs"
         time.sleep(0.02)
 
 
-def kill_at_random(file, tmp_path, ids, options, kills, seed):
-    """Kills a rank or the launcher at random moments of the work, each followed by the same command. Whom it killed."""
+def kill_at_random(program, tmp_path, kills, seed):
+    """Kills a rank or the launcher at random moments of the work, each followed by the same command. Whom it killed.
+
+    program: what torchrun runs to fill a folder.
+    """
     reference = tmp_path / "reference"
-    assert torchrun(1, *toy_command(file, reference)).wait(120) == 0
+    alone = torchrun(1, *program(reference))
+    until(lambda: alone.poll() is not None or (reference / "batch.json").exists())
+    begin = time.monotonic()
+    assert alone.wait(PATIENCE) == 0
+    seconds = time.monotonic() - begin
+    ids = [line["id"] for line in lines(reference)]
     rng, batches, whom = random.Random(seed), 0, []
     while True:
         out = tmp_path / f"out{batches}"
         for lock in out.glob(".lock*"):  # nobody's any more; made again when the work begins
             lock.unlink()
-        launcher = torchrun(2, *toy_command(file, out, *options))
+        launcher = torchrun(2, *program(out))
         until(lambda: launcher.poll() is not None or (out / ".lock.1").exists())  # noqa: B023
         pids, killed = ranks_of(launcher) if launcher.poll() is None else {}, None
         if len(whom) < kills and len(pids) == 2:
-            time.sleep(rng.uniform(0, 1.5))
+            time.sleep(rng.uniform(0, 2 * seconds / kills))
             killed = ("launcher", 0, 1)[len(whom) % 3]
             with suppress(ProcessLookupError):
                 os.kill(pids.get(killed, launcher.pid), signal.SIGKILL)
-        code = launcher.wait(120)
+        code = launcher.wait(PATIENCE)
         if killed is not None and code:  # else its work had ended, and the next command's is killed
             whom.append(killed)
         until(lambda: all(map(is_gone, pids.values())))  # noqa: B023
@@ -285,10 +333,20 @@ def kill_at_random(file, tmp_path, ids, options, kills, seed):
             batches += 1
             if len(whom) == kills:
                 return whom
+        else:
+            assert killed is not None, "it ends by itself"
 
 
+# Of a population shared, previews go one by one: then the images are those of one process to the last bit.
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["prompts", "population"])
-def test_torchrun_killed_ten_times(shard, whole, tmp_path):
-    file, _, ids = whole
-    assert set(kill_at_random(file, tmp_path, ids, ("--shard", shard), 10, shard)) == {"launcher", 0, 1}
+@pytest.mark.parametrize("shard, size", [("prompts", "auto"), ("population", 1)])
+def test_torchrun_killed_ten_times(shard, size, tmp_path):
+    """The embedded model and 20 prompts."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(embedded.captions()[:20]))
+
+    def program(out):
+        return *COMMAND, *command(file, out, *EMBEDDED, "--batch-size", size, "--shard", shard)
+
+    assert set(kill_at_random(program, tmp_path, 10, shard)) == {"launcher", 0, 1}
+    assert len(lines(tmp_path / "reference")) == 20

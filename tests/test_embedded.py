@@ -146,7 +146,7 @@ def test_the_oracle_takes_tensors_and_refuses_the_rest():
         "picture.png",
         np.array(image),
     ):
-        with pytest.raises(ValueError, match="judge takes"):
+        with pytest.raises(ValueError, match="image must be"):
             embedded.judge(bad, CAPTION)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checks import check_dtype, check_truths
+
 if TYPE_CHECKING:
     from .pipeline import EmbeddedPipeline
 
@@ -17,9 +19,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def captions(heldout: bool = True) -> list[str]:
-    """The 200 captions never trained on, or the 16,882 that were; always in the same order."""
+    """The 200 captions never trained on, or the 16,882 that were; always in the same order.
+
+    Raises ValueError for another `heldout` than True and False.
+    """
     from .world import split_scenes
 
+    check_truths(heldout=heldout)
     train, held_out = split_scenes()
     return [str(scene) for scene in (held_out if heldout else train)]
 
@@ -38,10 +44,14 @@ def judge(image: Any, caption: str) -> dict[str, bool]:
 
 def load_pipeline(device: torch.device | str = "cpu", torch_dtype: torch.dtype = torch.float32) -> "EmbeddedPipeline":
     """The trained `ZImagePipeline`, ready for `ses_fast.enable`. It draws 256x256 when no size is named; 128x128 was
-    trained too. Raises ImportError, naming the extra, where diffsynth is missing.
+    trained too. Raises ValueError for a device that is not here and for another dtype than the ops compute in;
+    ImportError, naming the extra, where diffsynth is missing.
     """
+    from ..rewards.base import default_device
     from .pipeline import load
 
+    default_device("cpu" if device is None else device)
+    check_dtype(torch_dtype)
     return load(WEIGHTS, device, torch_dtype)
 
 
@@ -54,17 +64,18 @@ def load_reward(
         judge with. Or "jpeg", minus the image's size as a JPEG in kilobytes: it knows no caption and has no ceiling.
     device, dtype: of "clip".
 
-    Raises ValueError for another name, and for heldout=True with "jpeg"; ImportError, naming the extra, where a
-    package is missing.
+    Raises ValueError for another name, for heldout=True with "jpeg", and for what is no `heldout`, device or dtype;
+    ImportError, naming the extra, where a package is missing.
     """
-    if name == "jpeg":
+    check_truths(heldout=heldout)
+    if isinstance(name, str) and name == "jpeg":
         if heldout:
             raise ValueError('the reward "jpeg" is not trained: there is no held-out one')
         from .jpeg import JPEGReward
 
         return JPEGReward()
-    if name != "clip":
-        raise ValueError(f"the embedded model's rewards are 'clip' and 'jpeg', got {name!r}")
+    if not isinstance(name, str) or name != "clip":
+        raise ValueError(f"the embedded model's rewards are 'clip' and 'jpeg', got {name!r:.200}")
     from ..rewards import load_reward as load
 
     return load("clip", WEIGHTS / ("heldout" if heldout else "reward"), device=device, dtype=dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import check_floating
 from ..errors import missing_extra
 
 try:
@@ -123,7 +124,7 @@ def parse(caption: str) -> Scene:
         known = False
     if not known:
         raise ValueError(
-            f"not a caption of the embedded world: {caption!r}. Say, for example, 'two red squares left of three "
+            f"not a caption of the embedded world: {caption!r:.200}. Say, for example, 'two red squares left of three "
             f"blue rings': numbers {', '.join(NUMBERS)}; two different colours of {', '.join(COLOURS)}; "
             f"{', '.join(_PLURALS.values())}; {', '.join(RELATIONS)}"
         )
@@ -243,14 +244,13 @@ def _stands(scene: Scene, first: list[Sighting], second: list[Sighting]) -> bool
 
 def _to_uint8(image) -> np.ndarray:
     if isinstance(image, torch.Tensor):
+        check_floating("the image", image)
         if image.ndim == 4 and image.shape[0] == 1:
             image = image[0]
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"judge takes a (3, H, W) or (1, 3, H, W) tensor, not {tuple(image.shape)}")
-        if not image.is_floating_point():
-            raise ValueError(f"judge takes a floating tensor in [-1, 1], or a PIL image, not {image.dtype}")
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"the image must be a (3, H, W) or (1, 3, H, W) tensor, got {tuple(image.shape)}")
         levels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
         return levels.permute(1, 2, 0).cpu().numpy()
     if not hasattr(image, "convert"):
-        raise ValueError(f"judge takes a PIL image or a tensor, not {type(image).__name__}")
+        raise ValueError(f"the image must be a PIL image or a tensor, got {type(image).__name__}")
     return np.asarray(image.convert("RGB"))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..digests import digests_of_weights
 from ..errors import warn
 from ..loop import evolve
 from ..result import HeldOut, SearchResult
@@ -200,6 +201,9 @@ def answer(
     """
     with request.ranks.joined():
         begin = clock()
+        if request.ranks.size > 1:
+            rewards = {"ses_reward_model": request.reward, "report_rewards": request.held_out}
+            request.ranks.compare(digests_of_weights(**rewards), where_known=True)
         base_scores: dict[str, float] = {}
         if request.held_out:  # first, so that a reward that fails does so before the search is paid
             base = stock() if request.base is None else render(replace(request, latents=request.base), begin)[0]
