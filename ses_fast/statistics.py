@@ -44,6 +44,21 @@ def mean_of(values: Sequence[float]) -> Interval:
     return _interval(known.mean().item(), known[_resamples(len(known))].mean(1).tolist())
 
 
+def resampled(
+    values: Tensor,  # [rows, ...], one row or more
+) -> Tensor:  # [1 + RESAMPLES, ...] fp64
+    """The mean over the rows, then over resampled ones: the same ones for all tensors of as many rows, so that figures
+    of several stay paired.
+    """
+    values = values.double()
+    return torch.cat([values.mean(0, keepdim=True), values[_resamples(len(values))].mean(1)])
+
+
+def interval_of(values: Sequence[float]) -> Interval:
+    """The first value, that of all rows, with the percentiles of the others, those of resampled ones."""
+    return _interval(values[0], list(values[1:]))
+
+
 @functools.lru_cache(maxsize=8)
 def _resamples(rows: int) -> Tensor:  # [RESAMPLES, rows] int64
     generator = torch.Generator("cpu").manual_seed(0)
@@ -146,15 +161,23 @@ def _deviation(scores: Sequence[float]) -> float:
     return deviation if deviation > 0 else 1.0
 
 
-def seconds_to(level: float, seconds: Sequence[float], scores: Sequence[float]) -> float:
-    """The least seconds at which the score reaches `level`, linear between the points; infinite where it never does.
+def place_of(level: float, scores: Sequence[float]) -> float:
+    """Where on the way from the first score, 0, to the last the level is first reached, linear between the scores.
 
-    Where the first point is above the level it is the first point's: the truth is below.
+    0 where the first is above the level already: the truth is earlier. Infinite where none reaches it.
     """
-    points = list(zip(seconds, scores, strict=True))
-    if points[0][1] >= level:
-        return points[0][0]
-    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+    if scores[0] >= level:
+        return 0.0
+    for before, (low, high) in enumerate(zip(scores, scores[1:], strict=False)):
         if high >= level:
-            return before + (level - low) / (high - low) * (after - before)
+            return before + (level - low) / (high - low)
     return math.inf
+
+
+def value_at(place: float, values: Sequence[float]) -> float:
+    """The value at a place between the first, 0, and the last, linear; infinite at an infinite place."""
+    if math.isinf(place):
+        return math.inf
+    before = min(int(place), len(values) - 1)
+    after = min(before + 1, len(values) - 1)
+    return values[before] + (place - before) * (values[after] - values[before])
