@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A figure, and where it lies with CONFIDENCE."""
+    """A figure, and where it lies with CONFIDENCE: from NaN to NaN where that is unknown, as of a single prompt."""
 
     value: float
     low: float
@@ -33,7 +33,8 @@ def bootstrap(
     """
     if not rows:
         return Interval(math.nan, math.nan, math.nan)
-    return _interval(statistic(torch.arange(rows, device="cpu")), [statistic(each) for each in _resamples(rows)])
+    whole = statistic(torch.arange(rows, device="cpu"))
+    return _interval(whole, [statistic(each) for each in _resamples(rows)] if rows > 1 else [])
 
 
 def mean_of(values: Sequence[float]) -> Interval:
@@ -41,17 +42,18 @@ def mean_of(values: Sequence[float]) -> Interval:
     known = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64, device="cpu")
     if not len(known):
         return Interval(math.nan, math.nan, math.nan)
-    return _interval(known.mean().item(), known[_resamples(len(known))].mean(1).tolist())
+    return interval_of(resampled(known).tolist())
 
 
 def resampled(
     values: Tensor,  # [rows, ...], one row or more
 ) -> Tensor:  # [1 + RESAMPLES, ...] fp64
     """The mean over the rows, then over resampled ones: the same ones for all tensors of as many rows, so that figures
-    of several stay paired.
+    of several stay paired. A single row has no resamples, [1, ...].
     """
     values = values.double()
-    return torch.cat([values.mean(0, keepdim=True), values[_resamples(len(values))].mean(1)])
+    whole = values.mean(0, keepdim=True)
+    return torch.cat([whole, values[_resamples(len(values))].mean(1)]) if len(values) > 1 else whole
 
 
 def interval_of(values: Sequence[float]) -> Interval:
@@ -96,17 +98,26 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 def pooled_correlation(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Interval:
     """Pearson's of all prompts' scores together, each less its prompt's mean; NaN where nothing varies."""
+    sums = moments(ones, others)
+    return bootstrap(lambda prompts: pooled(sums[prompts]), len(sums))
+
+
+def moments(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Tensor:  # [prompts, 3] fp64
+    """Of each prompt's scores, less their mean: the sums of their products and of both squares."""
     sums = torch.zeros(len(ones), 3, dtype=torch.float64, device="cpu")  # of products and squares, by prompt
     for row, pair in zip(sums, zip(ones, others, strict=True), strict=True):
         a, b = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in pair)
         a, b = a - a.mean(), b - b.mean()
         row.copy_(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]))
+    return sums
 
-    def pooled(prompts: Tensor) -> float:
-        product, one, other = sums[prompts].sum(0).tolist()
-        return product / math.sqrt(one * other) if one * other > 0 else math.nan
 
-    return bootstrap(pooled, len(ones))
+def pooled(
+    sums: Tensor,  # [prompts, 3] of `moments`
+) -> float:
+    """The correlation of these prompts together; NaN where nothing varies."""
+    product, one, other = sums.sum(0).tolist()
+    return product / math.sqrt(one * other) if one * other > 0 else math.nan
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:

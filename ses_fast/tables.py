@@ -107,19 +107,20 @@ def _claim(methods: Mapping[str, Found], name: str, others: Sequence[str], at: i
     return f"{'no' if -1 in signs else verdict} ({', '.join(words)})"
 
 
-def beside(methods: Mapping[str, Found], one: str, other: str, at: int) -> list[float] | None:
+def beside(methods: Mapping[str, Found], one: str, other: str, at: int) -> list[float | None] | None:
     """The reward of one less the other's at the budget of that place, with its interval; None where it is unknown."""
     if one not in methods or other not in methods:
         return None
     apart = methods[one]["budgets"][at].get(f"reward to {other}")
     if apart is None and (turned := methods[other]["budgets"][at].get(f"reward to {one}")) is not None:
-        apart = [-turned[0], -turned[2], -turned[1]]
+        apart = [None if each is None else -each for each in (turned[0], turned[2], turned[1])]
     return apart
 
 
-def sign_of(apart: Sequence[float]) -> int:
-    """1 where the whole interval is above 0, -1 where it is below, 0 where it holds 0."""
-    return (apart[1] > 0) - (apart[2] < 0)
+def sign_of(apart: Sequence[float | None]) -> int:
+    """1 where the whole interval is above 0, -1 where it is below, 0 where it holds 0 or is unknown."""
+    _, low, high = apart
+    return 0 if low is None or high is None else (low > 0) - (high < 0)
 
 
 def _in_time(methods: Mapping[str, Found], name: str) -> str:
@@ -254,7 +255,7 @@ def _share(method: Mapping[str, Any], whose: str = "the reference's") -> str:
         return "not measured"
     if share[0] is None:
         return "never" if share[1] is None else f"never [{share[1]:.2f}, ...]"
-    return f"{share[0]:.2f} [{share[1]:.2f}, {'...' if share[2] is None else format(share[2], '.2f')}]"
+    return _figure(share)
 
 
 def _figure(interval: Sequence[float | None] | None, signed: bool = False) -> str:

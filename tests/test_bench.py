@@ -335,14 +335,14 @@ def test_the_embedded_models_figures():
 
 @pytest.fixture
 def compared():
-    """A comparison of two prompts, one in each half, where ses finds better ones than random, and mix does not."""
+    """A comparison of four prompts, two in each half, where ses finds better ones than random, and mix does not."""
     found = {"reference": 1.0, "random": 1.5, "ses": 2.0, "mix": 1.5}
     methods = {name: asdict(METHODS[name]) for name in found}
-    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "prompts": ["a", "b"]}
+    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "prompts": [*"abcd"]}
     settings |= {"about": {"model": "m", "steps": 8}, "machine": {"device": "Some CPU", "rounds": 1, "threads": 1}}
     scores = [
         {"prompt": i, "task": "clip", "methods": {name: {"reward": [[0.5, value]]} for name, value in found.items()}}
-        for i in (0, 1)
+        for i in range(4)
     ]
     cost = {"previews": 80, "finals": 8, "denoise": 1.0}
     times = [
@@ -357,7 +357,7 @@ def test_the_readmes_gains(compared):
     assert "| `ses_search` (reference) | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of its time |" in text
     assert "| ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of its time |" in text
     assert "| random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of its time |" in text
-    assert "50 evaluations, 8 steps, model m, 2 prompts" in text and readme_tables.PLOT in text
+    assert "50 evaluations, 8 steps, model m, 4 prompts" in text and readme_tables.PLOT in text
     assert (
         "- Is ses, the call's own default, above random and above the reference at 50 evaluations? **clip**: yes"
         in text

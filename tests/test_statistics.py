@@ -25,6 +25,8 @@ def test_an_interval_is_the_same_each_time_and_leaves_out_what_is_unknown():
     assert statistics.mean_of(values) == statistics.mean_of(values)
     assert statistics.mean_of(values).value == 3.0
     assert statistics.mean_of([2.0] * 4) == Interval(2.0, 2.0, 2.0)
+    assert statistics.mean_of([2.0]).value == 2.0 and all(map(math.isnan, statistics.mean_of([2.0])[1:]))
+    assert all(map(math.isnan, statistics.pooled_correlation([[1, 2, 3]], [[1, 2, 4]])[1:])), "nor of one prompt"
     assert all(map(math.isnan, statistics.mean_of([])))
 
 
