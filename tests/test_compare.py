@@ -59,6 +59,14 @@ def test_previews_that_are_final_images_are_taken_as_the_answers(studio, name):
     torch.testing.assert_close(rendered[0], studio.tensor(alone), rtol=0, atol=0)
 
 
+def test_a_score_that_is_not_finite_leads_no_marks():
+    """As in the search: the first image counts only while there is no other."""
+    marks = answers._Marks((1, 2, 4))
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    marks(images, [math.nan, 2.0, math.inf, 1.0], 0, 0, torch.zeros(4, dtype=torch.int64))
+    assert [image.mean().item() for image in marks.images] == [0, 1, 1]
+
+
 def test_what_makes_its_image_anew_says_so():
     assert not METHODS["best of N raced"].shows_its_image((4, 10)), "a generation that is cut short is another race"
     assert METHODS["ses"].shows_its_image((4, 10))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tiny import (
 import ses_fast
 from ses_fast import Preview, SearchResult, SESConfig
 from ses_fast.evolution import ask, start
+from ses_fast.pipelines import run
 from ses_fast.pipelines.batching import Batches
 from ses_fast.pipelines.config import DEFAULT_RACE
 from ses_fast.pipelines.race import Rung, rungs_of, who_goes_on
@@ -320,6 +322,15 @@ def test_time_is_left_for_the_final_image(pipe):
     _, short, _ = search(pipe, None, FOUR | {"num_inference_steps": 200}, time_limit=previews)
     _, long, _ = search(pipe, None, FOUR, time_limit=previews)
     assert short.evaluations < long.evaluations
+
+
+@pytest.mark.parametrize(("refine", "seconds"), [(0, 8 * 0.5 + 0.25), (2, 3 * (8 * 0.5 + 0.25 + 2.0))])
+def test_the_time_that_is_left_holds_the_rewards_of_those_scored_again(refine, seconds):
+    """Ten previews of 4 forwards took 20 s to denoise, 2.5 to decode and 20 to score: a slow reward."""
+    spent = SimpleNamespace(seconds={"denoise": 20.0, "decode": 2.5, "reward": 20.0})
+    previews = SimpleNamespace(stopwatch=spent, forwards=40, looks=10, scale=1)
+    final = SimpleNamespace(steps=8, forwards_a_step=1)
+    assert run._final_seconds(previews, final, refine) == pytest.approx(seconds)
 
 
 # ---------------------------------------------------------------- settings
