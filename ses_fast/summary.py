@@ -23,8 +23,9 @@ def summarise(settings: Mapping[str, Any], scores: Rows, times: Rows) -> dict[st
     budgets = settings["budgets"]
     target = budgets.index(TARGET) if TARGET in budgets else len(budgets) - 1
     figures: dict[str, Any] = {"settings": dict(settings), "target": budgets[target], "tasks": {}}
+    shares = shares_of(settings, times)
     for task in settings["tasks"]:
-        costs = costs_of(settings, [row for row in times if row["task"] == task])
+        costs = costs_of(settings, [row for row in times if row["task"] == task], shares)
         halves = {}
         for half, rest in HALVES.items():
             rows = sorted(
@@ -40,10 +41,12 @@ def summarise(settings: Mapping[str, Any], scores: Rows, times: Rows) -> dict[st
     return _plain(figures)
 
 
-def costs_of(settings: Mapping[str, Any], times: Rows) -> dict[str, dict[str, list[float]]]:
+def costs_of(
+    settings: Mapping[str, Any], times: Rows, shares: Mapping[str, float]
+) -> dict[str, dict[str, list[float]]]:
     """Each method's seconds and forwards of the final image's size, by budget: medians over the rounds.
 
-    A forward of half the size counts by its share of the seconds of a full one in a batch.
+    shares: of a full forward, that a preview's counts for.
     """
     found: dict[str, dict[str, list[float]]] = {}
     medians, apart = {}, {}
@@ -56,17 +59,35 @@ def costs_of(settings: Mapping[str, Any], times: Rows) -> dict[str, dict[str, li
             ]
             by_budget = [[costs[i]["seconds"] for costs in rounds] for i in range(len(settings["budgets"]))]
             apart[name] = [(max(each) - min(each)) / max(median(each), 1e-9) for each in by_budget]
-    full = next((_seconds_a_forward(medians[name]) for name in _of_full_size(settings) if name in medians), math.nan)
     for name, each in medians.items():
-        method = settings["methods"][name]
-        batched = medians.get(method["scores_of"] or name, each)  # one by one each costs more, of either size
-        share = _seconds_a_forward(batched) / full if method["preview"]["scale"] > 1 else 1.0
+        share = shares[name]
         found[name] = {
             "seconds": [cost["seconds"] for cost in each],
             "seconds apart": apart[name],
             "forwards": [share * cost["previews"] + cost["finals"] for cost in each],
             "a preview's forward": [share] * len(each),
         }
+    return found
+
+
+def shares_of(settings: Mapping[str, Any], times: Rows) -> dict[str, float]:
+    """By method: the share of a full forward's seconds, in a batch, that a preview's takes; 1 where it is of full size.
+
+    The median over rounds and tasks, which it does not depend on, of two methods that were timed in one turn.
+    """
+    known = {
+        (row["round"], row["task"], row["method"]): _seconds_a_forward(row["costs"]) for row in times if "costs" in row
+    }
+    turns = dict.fromkeys((number, task) for number, task, _ in known)
+    plain = _of_full_size(settings)
+    full = {turn: next((known[*turn, name] for name in plain if (*turn, name) in known), math.nan) for turn in turns}
+    found = {}
+    for name, method in settings["methods"].items():
+        batched = method["scores_of"] or name  # one by one each costs more, of either size
+        here = [known[*turn, batched] / full[turn] for turn in turns if (*turn, batched) in known]
+        here = [share for share in here if math.isfinite(share)]
+        half = method["preview"]["scale"] > 1
+        found[name] = 1.0 if not half else median(here) if here else math.nan
     return found
 
 

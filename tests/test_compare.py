@@ -356,6 +356,19 @@ def test_a_half_size_forward_counts_by_its_share():
     assert mix["a preview's forward"] == 0.25 and mix["forwards"] == 400 / 4 + 8
 
 
+def test_that_share_is_of_all_turns_and_of_one_turn_each():
+    """A machine that was four times slower in one turn, for both, and busy with the half size in another."""
+    settings = {"methods": {name: dataclasses.asdict(METHODS[name]) for name in ("ses", "mix", "mix - batches")}}
+    turns = {(0, "clip"): (8.0, 2.0), (0, "jpeg"): (32.0, 8.0), (1, "clip"): (8.0, 6.0)}
+    times = [
+        {"round": number, "task": task, "method": name, "costs": [{"denoise": seconds, "previews": 10}]}
+        for (number, task), pair in turns.items()
+        for name, seconds in zip(settings["methods"], (*pair, 40.0), strict=True)
+    ]
+    assert summary.shares_of(settings, times) == {"ses": 1.0, "mix": 0.25, "mix - batches": 0.25}
+    assert math.isnan(summary.shares_of(settings, times[1:2])["mix"]), "nothing of full size"
+
+
 def test_a_method_that_is_another_ones_but_for_its_time_has_its_rewards():
     shared = {"reference": [[1.0, 3.0]] * 2, "ses": [[1.0, 3.0]] * 2}
     figures = made_up(**shared, mix=[[2.0, 4.0]] * 2, **{"mix - batches": [[0.0, 0.0]] * 2})

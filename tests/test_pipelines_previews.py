@@ -119,6 +119,32 @@ def test_an_early_image_is_what_the_denoiser_foresees(pipe):
         torch.testing.assert_close(image, seen.images[0], rtol=0, atol=1e-4)
 
 
+def test_memory_that_runs_out_on_the_way_changes_no_race(pipe, monkeypatch):
+    """Room for three in a forward and two in the decoder: of smaller previews that are raced and scored again."""
+    settings = {"preview": dataclasses.replace(RACE, scale=2, refine=2), "dwt_level": 1, "popsize": 8, "k_elites": 3}
+    _, alone, _ = search(pipe, 16, FOUR, **settings)
+    unit, tried = pipe.units[-1], []
+
+    def scarce(function, room, rows):
+        def limited(*args, **inputs):
+            tried.append(rows(args, inputs))
+            if tried[-1] > room:
+                raise torch.OutOfMemoryError("no room")
+            return function(*args, **inputs)
+
+        return limited
+
+    forward = scarce(unit.forward_together, 3, lambda args, inputs: len(inputs["latents"]))
+    monkeypatch.setattr(unit, "forward_together", forward)
+    monkeypatch.setattr(unit, "decode", scarce(unit.decode, 2, lambda args, inputs: len(args[1])))
+    _, result, _ = search(pipe, 16, FOUR, batch_size="auto", **settings)
+    assert {8, 4, 2} <= set(tried)
+    assert [one.steps for one in result.trace] == [one.steps for one in alone.trace]
+    assert result.best.index == alone.best.index and result.best.generation == alone.best.generation
+    torch.testing.assert_close(result.state.scores, alone.state.scores, rtol=0, atol=1e-5)
+    assert [one.score for one in result.refined] == pytest.approx([one.score for one in alone.refined], abs=1e-5)
+
+
 def test_shares_are_of_those_that_started_and_survivors_go_on_together(pipe):
     race = Preview(race=((0.95, 0.5), (0.8, 0.25)))
     with forward_sizes(pipe) as sizes:
