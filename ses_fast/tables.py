@@ -99,6 +99,8 @@ def _bullets(lines: Sequence[str]) -> list[str]:
 def _claim(methods: Mapping[str, Found], name: str, others: Sequence[str], at: int) -> str:
     """Whether a method's reward is above each of the others', with the differences."""
     words, signs = [], []
+    if name not in methods:
+        return f"not known ({name} was not compared)"
     for other in others:
         apart = beside(methods, name, other, at)
         signs.append(None if apart is None else sign_of(apart))

@@ -464,6 +464,7 @@ def test_plain_best_of_n_wins_where_it_does():
         in said(random=around(0, 3), ses=around(0, 2))[-1]
     ), "without the reference there is no time to its reward"
     assert "not compared" in said(reference=around(0, 1), ses=around(0, 2))[-1]
+    assert "**clip**: not known (ses was not compared)." in said(random=around(0, 1), mix=around(0, 2))[0]
 
 
 def test_of_one_prompt_no_interval_is_known():
