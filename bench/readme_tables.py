@@ -18,9 +18,9 @@ from bench.collect import stored
 from bench.end_to_end import MODELS, ROWS
 from bench.ops import RESULTS, result_path
 from bench.table import lines_of
-from ses_fast import tables
+from ses_fast import summary, tables
 from ses_fast.methods import NOTHING as UNSEARCHED
-from ses_fast.methods import RANDOM, REFERENCE, SES
+from ses_fast.methods import RANDOM, REFERENCE
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("model", "search", "batch", "measured on", "documented flow, s", "ses_fast, s", "x faster", "at most x")
@@ -30,6 +30,8 @@ NOTES = (
     "The reward's own preprocessing counts as reward, not as overhead."
 )
 NOTHING = "Not measured yet.\n"
+SMALL_MODEL = "ses_fast/embedded/README.md#measured"
+FIRST_LOOK = f"Not measured yet. A first look, on 30 prompts, stands with [the small model]({SMALL_MODEL}).\n"
 PLOT = "docs/compare.png"  # of the last comparison
 FACTS = ("device", "date", "commit")
 # What a file of bench/results is called after -> what it holds.
@@ -133,29 +135,46 @@ def gains_and_headroom(results: Results) -> str:
     return f"{head}\n\n{embedded.to_markdown(figures)}\n"
 
 
-def equal_cost(comparisons: Results) -> str:
-    """Few methods of the last comparison, on the prompts to report on; the whole is on the site."""
+def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
+    """Few methods of the last comparison, on the prompts to report on, what it says, and what the last calibration
+    recommends; the whole is on the site. In few lines: the README has room for no more.
+    """
     figures = last_comparison(comparisons)
     if figures is None:
-        return NOTHING
-    columns = ("reward", "noise found by", "seconds", "reward of the image", "beside random", "time to its reward")
-    rows, settings = [], figures["settings"]
-    names = dict.fromkeys((UNSEARCHED.name, REFERENCE.name, RANDOM.name, SES.name, figures["chosen"]))
-    for task, halves in figures["tasks"].items():
-        methods, target = halves["odd"]["methods"], settings["budgets"].index(figures["target"])
-        for name in (name for name in names if name in methods):
-            row = methods[name]["budgets"][target]
-            share = methods[name].get("share of the reference's time")
-            cells = ["" if row.get("seconds") is None else f"{row['seconds']:.1f}", interval(row["reward"])]
-            cells.append(beside(row.get(f"reward to {RANDOM.name}")))
-            cells.append("" if not share or share[0] is None else f"{share[0]:.2f} of `ses_search`'s")
-            rows.append([task, "`ses_search`" if name == REFERENCE.name else name, *cells])
+        return FIRST_LOOK
+    settings, tasks = figures["settings"], {task: halves["odd"]["methods"] for task, halves in figures["tasks"].items()}
+    tasks = {task: methods for task, methods in tasks.items() if methods}
+    at = settings["budgets"].index(figures["target"])
+    columns = ["noise found by", f"seconds ({' / '.join(tasks)})"]
+    for task in tasks:
+        columns += [f"{task} reward", "beside random", "time to `ses_search`'s"]
+    names = (UNSEARCHED.name, REFERENCE.name, RANDOM.name, tables.RACED, figures["default"], figures["chosen"])
+    rows = []
+    for name in (name for name in dict.fromkeys(names) if any(name in methods for methods in tasks.values())):
+        cells = [f"`ses_search` ({name})" if name == REFERENCE.name else name, _seconds(tasks, name, at)]
+        for methods in tasks.values():
+            row, share = methods[name]["budgets"][at], methods[name].get("share of the reference's time")
+            cells += [interval(row["reward"]), beside(row.get(f"reward to {RANDOM.name}"))]
+            cells.append("" if not share or share[0] is None else f"{share[0]:.2f} of its time")
+        rows.append(cells)
     about = settings["about"]
     words = (
         f"{figures['target']} evaluations, {about.get('steps', '?')} steps, model {about['model']}, "
-        f"{len(settings['prompts'])} prompts of which half are reported on; [..] holds the truth with 95 %."
+        f"{len(settings['prompts'])} prompts of which half are reported on; [..] holds the truth with 95 %. "
+        f"[Reward over time]({PLOT})."
     )
-    return "\n".join([*lines_of(columns, rows), "", words, "", f"![reward over time]({PLOT})"]) + "\n"
+    said = [words, *tables.findings(figures), *map(recommended, calibrations[-1:])]
+    return "\n".join([*lines_of(columns, rows), "", *(f"- {each}" for each in said)]) + "\n"
+
+
+def recommended(report: str) -> str:
+    """The last sentences of a report of `ses-fast calibrate`, after its last table."""
+    return f"`ses-fast calibrate` on it: {' '.join(report.rpartition('|')[2].split())}"
+
+
+def _seconds(tasks: Mapping[str, Any], name: str, at: int) -> str:
+    found = [methods[name]["budgets"][at].get("seconds") for methods in tasks.values()]
+    return " / ".join("" if each is None else f"{each:.1f}" for each in found)
 
 
 def interval(figures: Sequence[float | None], signed: bool = False) -> str:
@@ -239,14 +258,15 @@ def texts_of(pattern: str) -> Callable[[], list[str]]:
 
 
 comparisons = json_of("*-compare.json")  # compare.json of `ses-fast compare`, committed as <device>-<date>-compare.json
+calibrations = texts_of("*-calibrate.md")
 runs_of_embedded = json_of("*-embedded.json")
 
 # The file, the name in its marks, what is written there, of what.
 SECTIONS: list[tuple[str, str, Callable[[Any], str], Callable[[], Any]]] = [
-    ("README.md", "gains", equal_cost, comparisons),
+    ("README.md", "gains", lambda found: equal_cost(*found), lambda: (comparisons(), calibrations())),
     ("docs/results/comparison.md", "comparison", whole_comparison, comparisons),
     ("docs/results/comparison.md", "embedded", gains_and_headroom, runs_of_embedded),
-    ("docs/results/calibration.md", "calibration", reports, texts_of("*-calibrate.md")),
+    ("docs/results/calibration.md", "calibration", reports, calibrations),
     ("docs/results/speed.md", "performance", performance, stored),
     ("docs/results/speed.md", "operators", operators, stored),
     ("docs/results/floors.md", "floors", floors, json_of("*-floor.json")),
@@ -283,7 +303,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
     """The plot of a comparison."""
     from ses_fast.report import draw_comparison
 
-    draw_comparison(tables.plotted(figures), path)
+    draw_comparison(summary.plotted(figures), path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -157,6 +158,7 @@ class _Marks:
     def __call__(self, images: Tensor, scores: Any, generation: int, first: int, steps: Tensor) -> None:
         for image, score, stopped in zip(images.split(1), map(float, scores), steps.tolist(), strict=True):
             self.count += 1
+            score = score if math.isfinite(score) else -math.inf  # as the search takes it
             if not stopped and (score > self.leader[0] or not self.leader[1].numel()):
                 self.leader = (score, image)
             if self.count in self.budgets:

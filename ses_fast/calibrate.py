@@ -11,22 +11,36 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from . import evolution, ops
 from .files import write_whole
-from .pipelines import Preview, noise_levels
+from .pipelines import Preview, SESConfig, noise_levels
+from .pipelines.race import who_goes_on
 from .result import SearchResult
 from .scores import as_scores
-from .statistics import Interval, best, mean_of, overlap, pooled_correlation, spearman, worth
+from .statistics import (
+    Interval,
+    best,
+    bootstrap,
+    mean_of,
+    moments,
+    overlap,
+    pooled,
+    pooled_correlation,
+    spearman,
+    worth,
+)
 from .studio import Studio, score_of
 from .tables import table
 
 ENOUGH = 0.8  # the rank correlation of a preview that is recommended
 WORTHWHILE = 1.1  # a race that is worth less is not
+GENERATION = SESConfig().popsize  # so many race together
 SHARES = ((0.5,), (0.3,), (0.5, 0.2), (0.5, 0.3))  # of races that are tried on the measured scores
 FEWER = (0.25, 0.375, 0.5, 0.75)  # of the image's steps
 LEVELS = 4
@@ -52,6 +66,9 @@ class Look:
     seconds: list[float] = field(default_factory=list)
 
     def add(self, scores: Sequence[float], seconds: float) -> None:
+        """Raises ValueError for scores that rank nothing."""
+        if bad := [score for score in scores if not math.isfinite(score)]:
+            raise ValueError(f"the reward gave {bad[0]} for {len(bad)} of {len(scores)} previews: it cannot rank them")
         self.scores.append(list(scores))
         self.seconds.append(seconds)
 
@@ -224,24 +241,29 @@ class Advice:
     refine: int  # with it
     setting_time: float  # to equal reward, over that at full fidelity
     race: tuple[tuple[float, float], ...] | None  # (sigma, share) of each rung, at full size and steps
-    race_time: float
+    race_time: float  # with it, as setting_time
     level: int | None
     steps: int  # of the image
 
     @property
     def races(self) -> bool:
         """Whether the race is the quicker of the two: both together are not measured."""
-        return self.race is not None and self.race_time < self.setting_time
+        return self.race is not None and self.race_time < min(self.setting_time, 1)
+
+    @property
+    def cheaper(self) -> bool:
+        """Whether the setting is the quicker one, and than full fidelity too."""
+        return self.setting is not None and not self.races and self.setting_time < 1
 
     @property
     def settings(self) -> dict[str, Any]:
         """The quicker of the two, as `SESConfig.from_file` and `SESConfig.call_from_file` read it."""
         level = {} if self.level is None else {"dwt_level": self.level}
-        whole = Setting("", self.steps)
-        setting = whole if self.races else self.setting or whole
+        setting = self.setting if self.setting is not None and self.cheaper else Setting("", self.steps)
         preview: dict[str, Any] = {"race": [list(rung) for rung in self.race or ()]}
         if not self.races:
-            preview = {"scale": setting.preview.scale, "cfg": setting.preview.cfg, "refine": self.refine}
+            refine = self.refine if self.cheaper else 0
+            preview = {"scale": setting.preview.scale, "cfg": setting.preview.cfg, "refine": refine}
         call = {"num_inference_steps": self.steps, "ses_inference_steps": setting.steps}
         return {**level, "preview": preview, "call": call}
 
@@ -257,16 +279,18 @@ def advice(found: Measured, steps: int) -> Advice:
     time, refine = math.inf, 0
     if setting is not None:
         time, refine = min((time_share(found.settings[setting], found.full, count), count) for count in REFINED)
-    race, worthwhile = max(races(found), key=lambda each: each[1], default=(None, 0.0))
-    if worthwhile < WORTHWHILE:
-        race, worthwhile = None, 1.0
-    level = max((level for level, rows in found.bands.items() if decides(rows)), default=None)
-    return Advice(setting, refine, time, race, 1 / worthwhile, level, steps)
+    race = min((each for each in races(found) if each.worth >= WORTHWHILE), key=lambda each: each.time, default=None)
+    level = max((level for level, rows in found.bands.items() if decides(rows) == "yes"), default=None)
+    return Advice(setting, refine, time, race and race.rungs, race.time if race else math.inf, level, steps)
 
 
 def correlation(look: Look, full: Look) -> Interval:
-    """Spearman's with full fidelity, within a prompt."""
-    return mean_of([spearman(*pair) for pair in zip(look.scores, full.scores, strict=True)])
+    """Spearman's with full fidelity, within a prompt: 0 where the previews tell nothing apart that full ones do."""
+    found = []
+    for cheap, true in zip(look.scores, full.scores, strict=True):
+        alike, differ = len(set(cheap)) == 1, len(set(true)) > 1
+        found.append(0.0 if alike and differ else spearman(cheap, true))
+    return mean_of(found)
 
 
 def time_share(look: Look, full: Look, refine: int) -> float:
@@ -283,32 +307,47 @@ def time_share(look: Look, full: Look, refine: int) -> float:
     return (noises * look.cost(full) + finals) / (worth(full.scores, picks) + 1)
 
 
-def races(found: Measured) -> list[tuple[tuple[tuple[float, float], ...], float]]:
-    """(the rungs, what the race is worth: full images whose best is as good, over those that its cost buys)."""
+class Raced(NamedTuple):
+    """What a race is worth."""
+
+    rungs: tuple[tuple[float, float], ...]  # (sigma, share)
+    worth: float  # full images whose best is as good, over those that its cost buys
+    time: float  # as `time_share`
+
+
+def races(found: Measured) -> list[Raced]:
+    """All that are tried, as a search runs them: generation by generation, the base always to the end."""
     tried = []
     for shares in SHARES:
         for steps in itertools.combinations(sorted(found.early), len(shares)):
             rungs = tuple((sigma, share) for (_, sigma), share in zip(steps, shares, strict=True))
-            tried.append((rungs, _race_worth(found, steps, shares)))
+            cost, picks = _raced(found, steps, shares)
+            images = worth(found.full.scores, picks)
+            tried.append(Raced(rungs, images / cost, (cost + 1) / (images + 1)))
     return tried
 
 
-def _race_worth(found: Measured, steps: Sequence[tuple[int, float]], shares: Sequence[float]) -> float:
-    full, noises = found.full, len(found.full.scores[0])
-    forward = sum(found.forward) / sum(full.seconds)  # in full images
+def _raced(found: Measured, steps: Sequence[tuple[int, float]], shares: Sequence[float]) -> tuple[float, list[float]]:
+    """(the race's cost for a prompt, in full images; each prompt's best score at full fidelity of those that finish)"""
+    full = found.full
+    forward = sum(found.forward) / sum(full.seconds)
     look = found.early[steps[0]].cost(full) - steps[0][0] * forward
-    last = round((1 - look) / forward)
-    running, cost, done = [list(range(noises)) for _ in full.scores], 0.0, 0
-    for (step, sigma), share in zip(steps, shares, strict=True):
-        cost += len(running[0]) * ((step - done) * forward + look)
-        count, early = math.ceil(share * noises), found.early[step, sigma].scores
-        running = [
-            [ids[i] for i in best([rows[j] for j in ids], count)] for ids, rows in zip(running, early, strict=True)
-        ]
-        done = step
-    cost += len(running[0]) * ((last - done) * forward + look)
-    picks = [max(true[i] for i in ids) for ids, true in zip(running, full.scores, strict=True)]
-    return worth(full.scores, picks) / cost
+    last, cost, picks = round((1 - look) / forward), 0.0, []
+    for prompt, true in enumerate(full.scores):
+        finished: list[int] = []
+        for first in range(0, len(true), GENERATION):
+            running, done = list(range(first, min(first + GENERATION, len(true)))), 0
+            started = len(running)
+            for (step, sigma), share in zip(steps, shares, strict=True):
+                cost += len(running) * ((step - done) * forward + look)
+                early = found.early[step, sigma].scores[prompt]
+                scores = torch.tensor([early[i] for i in running], dtype=torch.float64, device="cpu")
+                running = [running[i] for i in who_goes_on(scores, share, started, first == 0).tolist()]
+                done = step
+            cost += len(running) * ((last - done) * forward + look)
+            finished += running
+        picks.append(max(true[i] for i in finished))
+    return cost / len(full.scores), picks
 
 
 def band_correlations(rows: Mapping[str, list[list[float]]]) -> tuple[Interval, Interval]:
@@ -318,10 +357,13 @@ def band_correlations(rows: Mapping[str, list[list[float]]]) -> tuple[Interval, 
     return kept, anew
 
 
-def decides(rows: Mapping[str, list[list[float]]]) -> bool:
-    """Whether the low band says more of an image's reward than all the rest."""
-    kept, anew = band_correlations(rows)
-    return kept.value > abs(anew.value)
+def decides(rows: Mapping[str, list[list[float]]]) -> str:
+    """Whether the low band says more of an image's reward than all the rest: "yes", "no", or "unclear" where the
+    interval of the difference holds 0, or is unknown.
+    """
+    kept, anew = (moments(rows["itself"], rows[which]) for which in ("kept", "anew"))
+    more = bootstrap(lambda prompts: pooled(kept[prompts]) - abs(pooled(anew[prompts])), len(kept))
+    return "yes" if more.low > 0 else "no" if more.high <= 0 else "unclear"
 
 
 def markdown(found: Measured, told: Advice, about: Mapping[str, Any]) -> str:
@@ -346,13 +388,16 @@ def markdown(found: Measured, told: Advice, about: Mapping[str, Any]) -> str:
         rows.append([name, f"{look.cost(full):.2f}", _interval(correlation(look, full)), _interval(kept), time])
     parts.append(table(columns, rows))
     parts += [f"Not possible here: {name}. {why}." for name, why in found.refused.items()]
-    if tried := sorted(races(found), key=lambda each: -each[1])[:3]:
-        best_races = [[", ".join(f"{s:.3f}: {share:g}" for s, share in rungs), f"{x:.2f}"] for rungs, x in tried]
-        parts += ["The best races, of all that these estimates allow:", table(("sigma: share", "worth"), best_races)]
+    if tried := sorted(races(found), key=lambda each: each.time):
+        lines = [
+            [", ".join(f"{sigma:.3f}: {share:g}" for sigma, share in rungs), f"{x:.2f}", f"{time:.2f}"]
+            for rungs, x, time in tried[:3]
+        ]
+        words = f"The best of {len(tried)} races in generations of {GENERATION}; few prompts flatter what is chosen:"
+        parts += [words, table(("sigma: share", "worth", "time"), lines)]
     if found.bands:
         bands = [
-            [str(level), *map(_interval, band_correlations(each)), "yes" if decides(each) else "no"]
-            for level, each in found.bands.items()
+            [str(level), *map(_interval, band_correlations(each)), decides(each)] for level, each in found.bands.items()
         ]
         kinds = ("level", "the same low band, all else anew", "the low band alone anew", "it decides")
         parts += ["Correlation of an image's reward with that of one with", table(kinds, bands)]
@@ -363,6 +408,11 @@ def _sentences(told: Advice) -> list[str]:
     lines = []
     if told.setting is None:
         lines.append(f"No cheaper setting ranks with a correlation of {ENOUGH}: keep previews at full fidelity.")
+    elif told.setting_time >= 1:
+        lines.append(
+            f"The cheapest setting that ranks with a correlation of {ENOUGH}, {told.setting.name}, saves no time "
+            f"({told.setting_time:.2f}): keep previews at full fidelity."
+        )
     else:
         lines.append(
             f"Recommended previews: {told.setting.name}, refine={told.refine}, in a call with "
@@ -377,14 +427,19 @@ def _sentences(told: Advice) -> list[str]:
     if told.race and told.setting:
         lines.append(f"Written is the {'race' if told.races else 'setting'}: both together are not measured.")
     if told.level is None:
-        lines.append("At no level does the low band decide: compare a strategy of the whole noise.")
+        lines.append(
+            "At no level is the low band seen to decide: compare a strategy of the whole noise, or measure more "
+            "prompts where it is unclear."
+        )
     else:
         lines.append(f"Recommended dwt_level: {told.level}, the coarsest whose low band decides.")
     return lines
 
 
 def _interval(interval: Interval) -> str:
-    return "unknown" if math.isnan(interval.value) else "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
+    if math.isnan(interval.value):
+        return "unknown"
+    return "{:.2f} [{}, {}]".format(interval.value, *("..." if math.isnan(x) else f"{x:.2f}" for x in interval[1:]))
 
 
 def write(told: Advice, report: str, out: Path) -> None:

@@ -33,7 +33,8 @@ from .methods import GROUPS, METHODS, REFERENCE, Method
 from .pipelines.sharing import Kept, sharing
 from .rewards.weighted import WeightedReward
 from .studio import RewardFunction, Studio, score_of
-from .tables import markdown, plotted, summarise
+from .summary import plotted, summarise
+from .tables import markdown
 
 WRITTEN = ("compare.md", "compare.json", "compare.png", "settings.json", "scores.jsonl", "times.jsonl")
 
@@ -242,9 +243,9 @@ def run(
         for row in rows:
             scores.add(row)
     machine = {
-        "threads": torch.get_num_threads(),
+        "threads": _alike(times.rows, "threads") or torch.get_num_threads(),  # when the seconds were measured
         "workers": workers,
-        "rounds": rounds,
+        "rounds": len({row["round"] for row in times.rows}),
         "device": str(studio.pipe.device),
     }
     figures = summarise(plan.settings | {"machine": machine}, scores.rows, times.rows)
@@ -259,6 +260,12 @@ def run(
     return figures
 
 
+def _alike(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """What all rows that say it have under the name; several, in words, where they differ; None where none says it."""
+    found = sorted({row[name] for row in rows if name in row})
+    return " or ".join(map(str, found)) if len(found) > 1 else found[0] if found else None
+
+
 def _time_all(studio: Studio, plan: Plan, times: Lines, rounds: int) -> None:
     """The seconds and forwards of each method, in turns. One that this pipeline cannot do is noted, and left out."""
     known = {(row["round"], row["task"], row["method"]) for row in times.rows}
@@ -270,7 +277,7 @@ def _time_all(studio: Studio, plan: Plan, times: Lines, rounds: int) -> None:
         with contextlib.suppress(ValueError):  # a pipeline that it cannot drive is noted below
             documented(studio, first, final=True)
     for number, task, name in tqdm(turns, desc="seconds", mininterval=5):
-        row: dict[str, Any] = {"round": number, "task": task, "method": name}
+        row: dict[str, Any] = {"round": number, "task": task, "method": name, "threads": torch.get_num_threads()}
         if any("refused" in each for each in times.rows if each["method"] == name):
             continue
         try:

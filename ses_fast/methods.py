@@ -1,7 +1,8 @@
 """What `ses-fast compare` compares: a line each, to be added and deleted freely."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from .pipelines import Preview, SESConfig
 from .strategies import STRATEGIES
@@ -119,6 +120,12 @@ GROUPS = {
     "quick": (*BASIS, STRATEGY, METHODS["best of N raced"], MIX),
     "all": tuple(METHODS.values()),
 }
+
+
+def is_default(method: Mapping[str, Any]) -> bool:
+    """Whether a method, a dict as `asdict` makes it, is the documented call without any setting, with full previews."""
+    usual = asdict(Method.of(SESConfig(), 1.0, "", ""))
+    return all(method[key] == value for key, value in usual.items() if key not in ("name", "what"))
 
 
 def named(names: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A figure, and where it lies with CONFIDENCE."""
+    """A figure, and where it lies with CONFIDENCE: from NaN to NaN where that is unknown, as of a single prompt."""
 
     value: float
     low: float
@@ -33,7 +33,8 @@ def bootstrap(
     """
     if not rows:
         return Interval(math.nan, math.nan, math.nan)
-    return _interval(statistic(torch.arange(rows, device="cpu")), [statistic(each) for each in _resamples(rows)])
+    whole = statistic(torch.arange(rows, device="cpu"))
+    return _interval(whole, [statistic(each) for each in _resamples(rows)] if rows > 1 else [])
 
 
 def mean_of(values: Sequence[float]) -> Interval:
@@ -41,7 +42,23 @@ def mean_of(values: Sequence[float]) -> Interval:
     known = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64, device="cpu")
     if not len(known):
         return Interval(math.nan, math.nan, math.nan)
-    return _interval(known.mean().item(), known[_resamples(len(known))].mean(1).tolist())
+    return interval_of(resampled(known).tolist())
+
+
+def resampled(
+    values: Tensor,  # [rows, ...], one row or more
+) -> Tensor:  # [1 + RESAMPLES, ...] fp64
+    """The mean over the rows, then over resampled ones: the same ones for all tensors of as many rows, so that figures
+    of several stay paired. A single row has no resamples, [1, ...].
+    """
+    values = values.double()
+    whole = values.mean(0, keepdim=True)
+    return torch.cat([whole, values[_resamples(len(values))].mean(1)]) if len(values) > 1 else whole
+
+
+def interval_of(values: Sequence[float]) -> Interval:
+    """The first value, that of all rows, with the percentiles of the others, those of resampled ones."""
+    return _interval(values[0], list(values[1:]))
 
 
 @functools.lru_cache(maxsize=8)
@@ -81,17 +98,26 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 def pooled_correlation(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Interval:
     """Pearson's of all prompts' scores together, each less its prompt's mean; NaN where nothing varies."""
+    sums = moments(ones, others)
+    return bootstrap(lambda prompts: pooled(sums[prompts]), len(sums))
+
+
+def moments(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Tensor:  # [prompts, 3] fp64
+    """Of each prompt's scores, less their mean: the sums of their products and of both squares."""
     sums = torch.zeros(len(ones), 3, dtype=torch.float64, device="cpu")  # of products and squares, by prompt
     for row, pair in zip(sums, zip(ones, others, strict=True), strict=True):
         a, b = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in pair)
         a, b = a - a.mean(), b - b.mean()
         row.copy_(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]))
+    return sums
 
-    def pooled(prompts: Tensor) -> float:
-        product, one, other = sums[prompts].sum(0).tolist()
-        return product / math.sqrt(one * other) if one * other > 0 else math.nan
 
-    return bootstrap(pooled, len(ones))
+def pooled(
+    sums: Tensor,  # [prompts, 3] of `moments`
+) -> float:
+    """The correlation of these prompts together; NaN where nothing varies."""
+    product, one, other = sums.sum(0).tolist()
+    return product / math.sqrt(one * other) if one * other > 0 else math.nan
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:
@@ -146,15 +172,23 @@ def _deviation(scores: Sequence[float]) -> float:
     return deviation if deviation > 0 else 1.0
 
 
-def seconds_to(level: float, seconds: Sequence[float], scores: Sequence[float]) -> float:
-    """The least seconds at which the score reaches `level`, linear between the points; infinite where it never does.
+def place_of(level: float, scores: Sequence[float]) -> float:
+    """Where on the way from the first score, 0, to the last the level is first reached, linear between the scores.
 
-    Where the first point is above the level it is the first point's: the truth is below.
+    0 where the first is above the level already: the truth is earlier. Infinite where none reaches it.
     """
-    points = list(zip(seconds, scores, strict=True))
-    if points[0][1] >= level:
-        return points[0][0]
-    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+    if scores[0] >= level:
+        return 0.0
+    for before, (low, high) in enumerate(zip(scores, scores[1:], strict=False)):
         if high >= level:
-            return before + (level - low) / (high - low) * (after - before)
+            return before + (level - low) / (high - low)
     return math.inf
+
+
+def value_at(place: float, values: Sequence[float]) -> float:
+    """The value at a place between the first, 0, and the last, linear; infinite at an infinite place."""
+    if math.isinf(place):
+        return math.inf
+    before = min(int(place), len(values) - 1)
+    after = min(before + 1, len(values) - 1)
+    return values[before] + (place - before) * (values[after] - values[before])

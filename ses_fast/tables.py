@@ -1,189 +1,14 @@
-"""What a comparison found: figures of its stored lines, and their Markdown."""
+"""The report of a comparison in Markdown: what was found in words, then its tables."""
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
+from .methods import CONTROLS, METHODS, MIX, NOTHING, PARTS, RANDOM, REFERENCE, SES, STRATEGY
+from .summary import HALVES, KINDS
 
-from .methods import MIX, NOTHING, PARTS, RANDOM, REFERENCE, SES, STRATEGY
-from .statistics import Interval, bootstrap, mean_of, seconds_to
-
-HALVES = {"even": 0, "odd": 1}  # one chooses on the even prompts, and reports on the odd
-TARGET = 50  # the budget whose reward by the reference is to be reached
-KINDS = ("reward", "held_out", "oracle")
-Rows = Sequence[Mapping[str, Any]]
-
-
-def summarise(settings: Mapping[str, Any], scores: Rows, times: Rows) -> dict[str, Any]:
-    """All figures as JSON: by task, half and method."""
-    budgets = settings["budgets"]
-    target = budgets.index(TARGET) if TARGET in budgets else len(budgets) - 1
-    figures: dict[str, Any] = {"settings": dict(settings), "target": budgets[target], "tasks": {}}
-    for task in settings["tasks"]:
-        costs = costs_of(settings, [row for row in times if row["task"] == task])
-        halves = {}
-        for half, rest in HALVES.items():
-            rows = sorted(
-                (row for row in scores if row["task"] == task and row["prompt"] % 2 == rest), key=lambda r: r["prompt"]
-            )
-            halves[half] = {"prompts": [row["prompt"] for row in rows]} | (
-                {"methods": _half(settings, rows, costs, target)} if rows else {"methods": {}}
-            )
-        figures["tasks"][task] = halves
-    figures["chosen"] = chosen(figures)
-    figures["refused"] = {row["method"]: row["refused"] for row in times if "refused" in row}
-    return _plain(figures)
-
-
-def costs_of(settings: Mapping[str, Any], times: Rows) -> dict[str, dict[str, list[float]]]:
-    """Each method's seconds and forwards of the final image's size, by budget: medians over the rounds.
-
-    A forward of half the size counts by its share of the seconds of a full one in a batch.
-    """
-    found: dict[str, dict[str, list[float]]] = {}
-    medians = {}
-    for name in settings["methods"]:
-        rounds = [row["costs"] for row in times if row["method"] == name and "costs" in row]
-        if rounds:
-            medians[name] = [
-                {key: median(costs[i][key] for costs in rounds) for key in rounds[0][i]}
-                for i in range(len(settings["budgets"]))
-            ]
-    full = next((_seconds_a_forward(medians[name]) for name in (SES.name, RANDOM.name) if name in medians), math.nan)
-    for name, each in medians.items():
-        method = settings["methods"][name]
-        batched = medians.get(method["scores_of"] or name, each)  # one by one each costs more, of either size
-        share = _seconds_a_forward(batched) / full if method["preview"]["scale"] > 1 else 1.0
-        found[name] = {
-            "seconds": [cost["seconds"] for cost in each],
-            "forwards": [share * cost["previews"] + cost["finals"] for cost in each],
-            "a preview's forward": [share] * len(each),
-        }
-    return found
-
-
-def _seconds_a_forward(costs: Sequence[Mapping[str, float]]) -> float:
-    return costs[-1]["denoise"] / max(1, costs[-1]["previews"])
-
-
-def _half(
-    settings: Mapping[str, Any], rows: Rows, costs: Mapping[str, Mapping[str, list[float]]], target: int
-) -> dict[str, Any]:
-    """The figures of each method over the prompts of `rows`."""
-    means = {name: _means(rows, method["scores_of"] or name) for name, method in settings["methods"].items()}
-    found = {}
-    for name, mine in means.items():
-        if not mine:
-            continue
-        budgets = []
-        for i, budget in enumerate(settings["budgets"]):
-            figures: dict[str, Any] = {"budget": budget}
-            figures |= {key: values[i] for key, values in costs.get(name, {}).items()}
-            figures |= {kind: mean_of(values[:, i].tolist()) for kind, values in mine.items()}
-            for other in (REFERENCE.name, RANDOM.name, SES.name):
-                for kind in KINDS if other in means and other != name else ():
-                    if kind in mine and kind in means[other]:
-                        apart = mine[kind][:, i] - means[other][kind][:, i]
-                        figures[f"{kind} to {other}"] = mean_of(apart.tolist())
-            for kind, values in mine.items() if NOTHING.name in means and name != NOTHING.name else ():
-                if kind != "diversity":
-                    apart = values[:, i] - means[NOTHING.name][kind][:, i]
-                    figures[f"{kind} to {NOTHING.name}"] = mean_of(apart.tolist())
-            budgets.append(figures)
-        summary: dict[str, Any] = {"budgets": budgets}
-        if REFERENCE.name in means and name in costs and REFERENCE.name in costs:
-            theirs, seconds = (
-                {kind: means[REFERENCE.name][kind][:, target] for kind in mine if kind in KINDS},
-                costs[name]["seconds"],
-            )
-            summary["share of the reference's time"] = time_share(
-                mine["reward"], seconds, theirs["reward"], costs[REFERENCE.name]["seconds"][target]
-            )
-            summary["reached"] = _reached(settings["budgets"], mine, seconds, theirs)
-        found[name] = summary
-    return found
-
-
-def _reached(
-    budgets: Sequence[int], mine: Mapping[str, Tensor], seconds: Sequence[float], theirs: Mapping[str, Tensor]
-) -> dict[str, Any] | None:
-    """The first budget whose mean reward is the reference's, and what its answers are worth beside the reference's."""
-    for i, budget in enumerate(budgets):
-        if mine["reward"][:, i].mean() >= theirs["reward"].mean():
-            apart = {kind: mean_of((mine[kind][:, i] - values).tolist()) for kind, values in theirs.items()}
-            return {"budget": budget, "seconds": seconds[i], **apart}
-    return None
-
-
-def _means(rows: Rows, name: str) -> dict[str, Tensor]:  # [prompts, budgets] each
-    """A method's values, averaged over seeds."""
-    if name not in rows[0]["methods"]:
-        return {}
-    return {
-        kind: torch.tensor([row["methods"][name][kind] for row in rows], dtype=torch.float64, device="cpu").mean(1)
-        for kind in rows[0]["methods"][name]
-    }
-
-
-def time_share(
-    rewards: Tensor,  # [prompts, budgets]
-    seconds: Sequence[float],  # of each budget
-    level: Tensor,  # [prompts] that the reference reaches
-    reference: float,  # its seconds
-) -> Interval:
-    """The time in which the mean reward is the reference's, over the reference's; over resampled prompts."""
-
-    def share(rows: Tensor) -> float:
-        reached = seconds_to(level[rows].mean().item(), seconds, rewards[rows].mean(0).tolist())
-        return reached / reference
-
-    return bootstrap(share, len(level))
-
-
-def chosen(figures: Mapping[str, Any]) -> str | None:
-    """The method that reaches the reference's reward soonest on the even prompts, by its slowest task."""
-    shares: dict[str, float] = {}
-    for halves in figures["tasks"].values():
-        for name, each in halves["even"]["methods"].items():
-            share = each.get("share of the reference's time")
-            value = math.inf if share is None else share.value
-            shares[name] = max(shares.get(name, 0.0), value)
-    shares.pop(REFERENCE.name, None)
-    name = min(shares, key=lambda each: shares[each], default=None)
-    return None if name is None or math.isinf(shares[name]) else name
-
-
-def _plain(value: Any) -> Any:
-    """As JSON: no infinity and no NaN, but null."""
-    if isinstance(value, Interval):
-        return [_plain(each) for each in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def plotted(figures: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """What `report.draw_comparison` draws, of the odd prompts: rewards, seconds, forwards by task and method."""
-    curves: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for task, halves in figures["tasks"].items():
-        half = halves["odd"] if halves["odd"]["methods"] else halves["even"]
-        curves[task] = {
-            name: {
-                key: [each[key][0] if key == "reward" else each[key] for each in method["budgets"]]
-                for key in ("seconds", "forwards", "reward")
-            }
-            for name, method in half["methods"].items()
-            if "seconds" in method["budgets"][0]
-        }
-    return curves
-
-
-# ---------------------------------------------------------------- Markdown
+CEM = CONTROLS[0].name  # of the whole noise
+RACED = METHODS["best of N raced"].name
+Found = Mapping[str, Any]  # a method's figures
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
@@ -197,10 +22,12 @@ def markdown(figures: Mapping[str, Any]) -> str:
         "from the same noises. Rewards are of the final image at full fidelity. [..] holds the truth with 95 %, by a "
         "bootstrap over prompts, differences paired by prompt. Seconds are medians over the "
         f"{machine['rounds']} prompt(s) on which all methods took turns, in one process with all threads, each making "
-        "all of its images; rewards come from processes of one thread, whose methods share the images of equal noises. "
-        "A half-size forward counts by its measured share of a full one.",
+        f"all of its images{_apart(figures)}; the intervals take them as measured. Rewards come from processes of one "
+        "thread, whose methods share the images of equal noises. A half-size forward counts by its measured share of a "
+        "full one.",
         f"Chosen on the even prompts, by the time to the reference's reward at budget {figures['target']} on the task "
-        f"where that takes longest: **{figures['chosen'] or 'none reaches it on all tasks'}**.",
+        f"where that takes longest: **{_chosen(figures)}**.",
+        *_bullets(findings(figures)),
     ]
     parts += [f"Not possible here: {name}. {why}." for name, why in figures["refused"].items()]
     for task, halves in figures["tasks"].items():
@@ -210,6 +37,122 @@ def markdown(figures: Mapping[str, Any]) -> str:
             parts.append(f"## Task {task}, {half} prompts ({words}; {count})")
             parts += _tables(figures, methods) if methods else ["None measured yet."]
     return "\n\n".join([*parts, *_by_rewards(figures)])
+
+
+def _chosen(figures: Mapping[str, Any]) -> str:
+    timed = any(
+        "share of the reference's time" in each
+        for halves in figures["tasks"].values()
+        for each in halves["even"]["methods"].values()
+    )
+    return figures["chosen"] or ("none reaches it on all tasks" if timed else "none, since the reference is not here")
+
+
+def _apart(figures: Mapping[str, Any]) -> str:
+    target = figures["settings"]["budgets"].index(figures["target"])
+    methods = [each for halves in figures["tasks"].values() for each in halves["odd"]["methods"].values()]
+    spreads = [each["budgets"][target].get("seconds apart") for each in methods]
+    known = sorted(spread for spread in spreads if spread is not None)
+    return f", which lie {known[len(known) // 2]:.0%} apart in the median of the methods" if known else ""
+
+
+# ---------------------------------------------------------------- in words
+
+
+def findings(figures: Mapping[str, Any]) -> list[str]:
+    """What the prompts to report on say, a sentence for each question; none where none of these is measured."""
+    tasks = {task: halves["odd"]["methods"] for task, halves in figures["tasks"].items()}
+    tasks = {task: methods for task, methods in tasks.items() if methods}
+    if not tasks:
+        return []
+    budgets, target, default, best = (
+        *(figures["settings"]["budgets"], figures["target"]),
+        *(figures["default"], figures["chosen"]),
+    )
+    at = budgets.index(target)
+    told = [
+        f"Is {SES.name} above random, and above CEM on the whole noise, at {target} evaluations (the paper's claim)? "
+        + _each(tasks, lambda methods: _claim(methods, SES.name, (RANDOM.name, CEM), at))
+    ]
+    if default is not None:
+        told.append(
+            f"Is {default}, the call's own default, above random and above the reference at {target} evaluations? "
+            + _each(tasks, lambda methods: _claim(methods, default, (RANDOM.name, REFERENCE.name), at))
+        )
+    names = dict.fromkeys(name for name in (default, best, RANDOM.name, RACED) if name is not None)
+    told.append(
+        f"In which share of its time is the reward reached that the reference reaches at budget {target}? "
+        + _each(tasks, lambda methods: "; ".join(_in_time(methods, name) for name in names if name in methods))
+    )
+    told.append("Does plain best of N win? " + _each(tasks, lambda methods: _winner(methods, at)))
+    return told
+
+
+def _each(tasks: Mapping[str, Any], say: Any) -> str:
+    return " ".join(f"**{task}**: {say(methods)}." for task, methods in tasks.items())
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return ["## What it says, on the prompts to report on", "\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _claim(methods: Mapping[str, Found], name: str, others: Sequence[str], at: int) -> str:
+    """Whether a method's reward is above each of the others', with the differences."""
+    words, signs = [], []
+    if name not in methods:
+        return f"not known ({name} was not compared)"
+    for other in others:
+        apart = beside(methods, name, other, at)
+        signs.append(None if apart is None else sign_of(apart))
+        words.append(f"{_figure(apart, signed=True)} beside {other}" if apart else f"{other} was not compared")
+    verdict = "yes" if all(sign == 1 for sign in signs) else "not known" if None in signs else "not seen"
+    return f"{'no' if -1 in signs else verdict} ({', '.join(words)})"
+
+
+def beside(methods: Mapping[str, Found], one: str, other: str, at: int) -> list[float | None] | None:
+    """The reward of one less the other's at the budget of that place, with its interval; None where it is unknown."""
+    if one not in methods or other not in methods:
+        return None
+    apart = methods[one]["budgets"][at].get(f"reward to {other}")
+    if apart is None and (turned := methods[other]["budgets"][at].get(f"reward to {one}")) is not None:
+        apart = [None if each is None else -each for each in (turned[0], turned[2], turned[1])]
+    return apart
+
+
+def sign_of(apart: Sequence[float | None]) -> int:
+    """1 where the whole interval is above 0, -1 where it is below, 0 where it holds 0 or is unknown."""
+    _, low, high = apart
+    return 0 if low is None or high is None else (low > 0) - (high < 0)
+
+
+def _in_time(methods: Mapping[str, Found], name: str) -> str:
+    """The share of the reference's time, and what the answers are then worth by the other judges."""
+    reached = methods[name].get("reached") or {}
+    kinds = [kind for kind in KINDS[1:] if kind in reached]
+    judged = ", ".join(f"{kind.replace('_', '-')} {_figure(reached[kind], signed=True)}" for kind in kinds)
+    return f"{name} {_share(methods[name])}{f' ({judged})' if judged else ''}"
+
+
+def _winner(methods: Mapping[str, Found], at: int) -> str:
+    plain = [name for name in (RANDOM.name, RACED) if name in methods]
+    shares = {name: each["share of the reference's time"][0] for name, each in methods.items() if _reaches(each)}
+    shares.pop(REFERENCE.name, None)
+    quickest = min(shares, key=shares.__getitem__, default=None)
+    highest = max(methods, key=lambda name: methods[name]["budgets"][at]["reward"][0])
+    where = [
+        *(["in time to that reward"] if quickest in plain else []),
+        *(["in reward at equal evaluations"] if highest in plain else []),
+    ]
+    verdict = "not compared" if not plain else f"yes, {' and '.join(where)}" if where else "no"
+    soonest = f"the quickest is {quickest}, " if quickest else ""
+    return f"{verdict} ({soonest}the highest reward is {highest}'s)"
+
+
+def _reaches(method: Found) -> bool:
+    return (method.get("share of the reference's time") or [None])[0] is not None
+
+
+# ---------------------------------------------------------------- tables
 
 
 def _by_rewards(figures: Mapping[str, Any]) -> list[str]:
@@ -243,9 +186,11 @@ def _tables(figures: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]
     tables = [f"At budget {figures['target']}:", _equal(rows, figures["settings"]["methods"])]
     if any("reached" in method for method in methods.values()):
         words = (
-            f"Time to the reward that the reference reaches at budget {figures['target']}, over the time it takes; and"
+            f"Time to the reward that the reference reaches at budget {figures['target']}, over the time it takes; and "
+            "what the answers are worth then beside the reference's. Between two budgets all is taken as linear; where "
+            "the first is above that reward already, the time is the first's:"
         )
-        tables += [f"{words} what the first budget that reaches it gives, beside the reference's:", _reaching(methods)]
+        tables += [words, _reaching(methods)]
     tables.append("Reward by budget:")
     tables.append(
         table(
@@ -281,36 +226,38 @@ def _reaching(methods: Mapping[str, Any]) -> str:
     lines = []
     for name, method in methods.items():
         reached = method.get("reached") or {}
-        line = [name, _share(method), str(reached.get("budget", "")), _number(reached.get("seconds"), missing="")]
+        line = [name, _share(method), *(_number(reached.get(key), 1, "") for key in ("budget", "seconds"))]
         lines.append(line + [_figure(reached.get(kind), signed=True) for kind in kinds])
     named = [kind.replace("_", "-") for kind in kinds]
-    return table(("method", "share of the reference's time", "budget", "seconds", *named), lines)
+    return table(("method", "share of the reference's time", "evaluations", "seconds", *named), lines)
 
 
 def _parts(methods: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    columns = ("left out", "seconds", "time to the reference's reward, of its time", "reward", "forwards")
+    columns = ("left out", "seconds", "time to the reference's reward, of its time", "of the mix's time to it")
     left_out = {"nothing": MIX, **PARTS}
     lines = [
         [
             f"{part} ({method.what})" if part != "nothing" else part,
             _number(rows[method.name].get("seconds")),
             _share(methods[method.name]),
+            _share(methods[method.name], "the mix's") if method != MIX else "",
             _figure(rows[method.name].get("reward")),
+            _figure(rows[method.name].get(f"reward to {MIX.name}"), signed=True),
             _number(rows[method.name].get("forwards"), 0),
         ]
         for part, method in left_out.items()
         if method.name in rows
     ]
-    return table(columns, lines)
+    return table((*columns, "reward", "to the mix's", "forwards"), lines)
 
 
-def _share(method: Mapping[str, Any]) -> str:
-    share = method.get("share of the reference's time")
+def _share(method: Mapping[str, Any], whose: str = "the reference's") -> str:
+    share = method.get(f"share of {whose} time")
     if share is None:
         return "not measured"
     if share[0] is None:
         return "never" if share[1] is None else f"never [{share[1]:.2f}, ...]"
-    return f"{share[0]:.2f} [{share[1]:.2f}, {'...' if share[2] is None else format(share[2], '.2f')}]"
+    return _figure(share)
 
 
 def _figure(interval: Sequence[float | None] | None, signed: bool = False) -> str:

@@ -23,7 +23,7 @@ from bench.clip import check_scores
 from bench.environment import environment
 from bench.floor import Rates, Work
 from bench.ops import result_path
-from ses_fast import embedded, tables
+from ses_fast import embedded, summary
 from ses_fast.methods import METHODS
 from ses_fast.rewards.hps import HPSReward
 from ses_fast.strategies import Strategy
@@ -335,32 +335,50 @@ def test_the_embedded_models_figures():
 
 @pytest.fixture
 def compared():
-    """A comparison of two prompts, one in each half, where ses finds better ones than random, and mix does not."""
+    """A comparison of four prompts, two in each half, where ses finds better ones than random, and mix does not."""
     found = {"reference": 1.0, "random": 1.5, "ses": 2.0, "mix": 1.5}
     methods = {name: asdict(METHODS[name]) for name in found}
-    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "prompts": ["a", "b"]}
+    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "prompts": [*"abcd"]}
     settings |= {"about": {"model": "m", "steps": 8}, "machine": {"device": "Some CPU", "rounds": 1, "threads": 1}}
     scores = [
         {"prompt": i, "task": "clip", "methods": {name: {"reward": [[0.5, value]]} for name, value in found.items()}}
-        for i in (0, 1)
+        for i in range(4)
     ]
     cost = {"previews": 80, "finals": 8, "denoise": 1.0}
     times = [
         {"round": 0, "task": "clip", "method": name, "costs": [cost | {"seconds": 2.0}, cost | {"seconds": seconds}]}
         for name, seconds in {"reference": 20.0, "random": 5.0, "ses": 5.0, "mix": 4.0}.items()
     ]
-    return tables.summarise(settings, scores, times)
+    return summary.summarise(settings, scores, times)
 
 
 def test_the_readmes_gains(compared):
     text = readme_tables.equal_cost([compared])
-    assert "| clip | `ses_search` | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of `ses_search`'s |" in text
-    assert "| clip | ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of" in text
-    assert "| clip | random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of" in text
-    assert "50 evaluations, 8 steps, model m, 2 prompts" in text and readme_tables.PLOT in text
-    assert readme_tables.equal_cost([]) == readme_tables.whole_comparison([]) == readme_tables.NOTHING
+    assert "| `ses_search` (reference) | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of its time |" in text
+    assert "| ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of its time |" in text
+    assert "| random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of its time |" in text
+    assert "50 evaluations, 8 steps, model m, 4 prompts" in text and readme_tables.PLOT in text
+    assert (
+        "- Is ses, the call's own default, above random and above the reference at 50 evaluations? **clip**: yes"
+        in text
+    )
+    assert "Not measured yet." in readme_tables.equal_cost([])
+    assert readme_tables.whole_comparison([]) == readme_tables.NOTHING
     whole = readme_tables.whole_comparison([compared])
     assert "## Methods at equal cost" in whole and "### Task clip, odd prompts" in whole and "\n# " not in whole
+
+
+def test_the_readme_has_room_for_a_comparison(compared):
+    """As the test of its length asks, whatever is chosen: with both tasks, all methods that it shows, a calibration."""
+    figures = json.loads(json.dumps(compared))
+    found = figures["tasks"]["clip"]["odd"]["methods"]
+    found |= dict.fromkeys(("no search", "best of N raced"), found["random"])
+    figures |= {"chosen": "mix", "tasks": {"clip": figures["tasks"]["clip"], "jpeg": figures["tasks"]["clip"]}}
+    text = readme_tables.equal_cost([figures], ["| a |\n|---|\n| b |\n\nRecommended: a.\n\nNo race.\n"])
+    assert text.count("\n| ") == 6 and "| seconds (clip / jpeg) |" in text and "| 5.0 / 5.0 |" in text
+    assert "\n- `ses-fast calibrate` on it: Recommended: a. No race.\n" in text
+    readme = readme_tables.written((readme_tables.ROOT / "README.md").read_text(), "gains", text)
+    assert len(readme.splitlines()) <= 130
 
 
 def test_the_mark_of_what_random_does_as_well():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tiny import (
 import ses_fast
 from ses_fast import Preview, SearchResult, SESConfig
 from ses_fast.evolution import ask, start
+from ses_fast.pipelines import run
 from ses_fast.pipelines.batching import Batches
 from ses_fast.pipelines.config import DEFAULT_RACE
 from ses_fast.pipelines.race import Rung, rungs_of, who_goes_on
@@ -115,6 +117,32 @@ def test_an_early_image_is_what_the_denoiser_foresees(pipe):
     assert {one.steps for one in result.trace} != {None} and finals is not result
     for image in seen.images:
         torch.testing.assert_close(image, seen.images[0], rtol=0, atol=1e-4)
+
+
+def test_memory_that_runs_out_on_the_way_changes_no_race(pipe, monkeypatch):
+    """Room for three in a forward and two in the decoder: of smaller previews that are raced and scored again."""
+    settings = {"preview": dataclasses.replace(RACE, scale=2, refine=2), "dwt_level": 1, "popsize": 8, "k_elites": 3}
+    _, alone, _ = search(pipe, 16, FOUR, **settings)
+    unit, tried = pipe.units[-1], []
+
+    def scarce(function, room, rows):
+        def limited(*args, **inputs):
+            tried.append(rows(args, inputs))
+            if tried[-1] > room:
+                raise torch.OutOfMemoryError("no room")
+            return function(*args, **inputs)
+
+        return limited
+
+    forward = scarce(unit.forward_together, 3, lambda args, inputs: len(inputs["latents"]))
+    monkeypatch.setattr(unit, "forward_together", forward)
+    monkeypatch.setattr(unit, "decode", scarce(unit.decode, 2, lambda args, inputs: len(args[1])))
+    _, result, _ = search(pipe, 16, FOUR, batch_size="auto", **settings)
+    assert {8, 4, 2} <= set(tried)
+    assert [one.steps for one in result.trace] == [one.steps for one in alone.trace]
+    assert result.best.index == alone.best.index and result.best.generation == alone.best.generation
+    torch.testing.assert_close(result.state.scores, alone.state.scores, rtol=0, atol=1e-5)
+    assert [one.score for one in result.refined] == pytest.approx([one.score for one in alone.refined], abs=1e-5)
 
 
 def test_shares_are_of_those_that_started_and_survivors_go_on_together(pipe):
@@ -320,6 +348,15 @@ def test_time_is_left_for_the_final_image(pipe):
     _, short, _ = search(pipe, None, FOUR | {"num_inference_steps": 200}, time_limit=previews)
     _, long, _ = search(pipe, None, FOUR, time_limit=previews)
     assert short.evaluations < long.evaluations
+
+
+@pytest.mark.parametrize(("refine", "seconds"), [(0, 8 * 0.5 + 0.25), (2, 3 * (8 * 0.5 + 0.25 + 2.0))])
+def test_the_time_that_is_left_holds_the_rewards_of_those_scored_again(refine, seconds):
+    """Ten previews of 4 forwards took 20 s to denoise, 2.5 to decode and 20 to score: a slow reward."""
+    spent = SimpleNamespace(seconds={"denoise": 20.0, "decode": 2.5, "reward": 20.0})
+    previews = SimpleNamespace(stopwatch=spent, forwards=40, looks=10, scale=1)
+    final = SimpleNamespace(steps=8, forwards_a_step=1)
+    assert run._final_seconds(previews, final, refine) == pytest.approx(seconds)
 
 
 # ---------------------------------------------------------------- settings

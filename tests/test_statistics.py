@@ -25,6 +25,8 @@ def test_an_interval_is_the_same_each_time_and_leaves_out_what_is_unknown():
     assert statistics.mean_of(values) == statistics.mean_of(values)
     assert statistics.mean_of(values).value == 3.0
     assert statistics.mean_of([2.0] * 4) == Interval(2.0, 2.0, 2.0)
+    assert statistics.mean_of([2.0]).value == 2.0 and all(map(math.isnan, statistics.mean_of([2.0])[1:]))
+    assert all(map(math.isnan, statistics.pooled_correlation([[1, 2, 3]], [[1, 2, 4]])[1:])), "nor of one prompt"
     assert all(map(math.isnan, statistics.mean_of([])))
 
 
@@ -73,9 +75,22 @@ def test_what_a_pick_is_worth_is_the_number_of_scores_whose_best_it_is():
 
 def test_the_time_to_a_score_is_read_between_the_points():
     seconds, scores = [1.0, 2.0, 4.0], [10.0, 20.0, 30.0]
-    assert statistics.seconds_to(25.0, seconds, scores) == 3.0
-    assert statistics.seconds_to(20.0, seconds, scores) == 2.0
-    assert statistics.seconds_to(5.0, seconds, scores) == 1.0
-    assert statistics.seconds_to(31.0, seconds, scores) == math.inf
-    assert statistics.seconds_to(15.0, seconds, [10.0, 20.0, 12.0]) == 1.5, "the first time counts"
-    assert statistics.seconds_to(15.0, seconds, [10.0, 10.0, 20.0]) == 3.0
+
+    def reached(level, scores=scores):
+        return statistics.value_at(statistics.place_of(level, scores), seconds)
+
+    assert (reached(25.0), reached(20.0), reached(30.0)) == (3.0, 2.0, 4.0)
+    assert reached(5.0) == 1.0 and reached(31.0) == math.inf
+    assert reached(15.0, [10.0, 20.0, 12.0]) == 1.5, "the first time counts"
+    assert reached(15.0, [10.0, 10.0, 20.0]) == 3.0
+    assert statistics.value_at(1.25, [5.0, -1.0, 3.0]) == 0.0
+
+
+def test_resampled_means_of_several_figures_stay_paired():
+    values = torch.tensor([[1.0, 10.0], [2.0, 20.0], [6.0, 60.0]])
+    means = statistics.resampled(values)
+    assert means.shape == (1 + statistics.RESAMPLES, 2) and means[0].tolist() == [3, 30]
+    assert torch.equal(means, statistics.resampled(values)) and means[1:, 0].std() > 0.5
+    torch.testing.assert_close(means[:, 1], 10 * means[:, 0])
+    assert statistics.interval_of(means[:, 0].tolist()) == statistics.mean_of([1.0, 2.0, 6.0])
+    assert statistics.interval_of([7.0, *range(2001)]) == Interval(7.0, 50, 1950)

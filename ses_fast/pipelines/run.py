@@ -183,7 +183,9 @@ def _final_seconds(previews: Previews, final: Renderer, refine: int) -> float:
     forwards = images * final.steps * final.forwards_a_step
     larger = previews.scale**2
     denoise = forwards * seconds["denoise"] / max(1, previews.forwards)
-    return larger * (denoise + images * seconds["decode"] / max(1, previews.looks))
+    looks = max(1, previews.looks)
+    scored_again = images * seconds["reward"] / looks if refine else 0.0  # whatever its size
+    return larger * (denoise + images * seconds["decode"] / looks) + scored_again
 
 
 def answer(
