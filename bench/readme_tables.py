@@ -144,14 +144,14 @@ def equal_cost(comparisons: Results) -> str:
         "seconds",
         "reward of the image",
         "beside random",
-        "time to reach `ses_search`",
+        "time to `ses_search`'s reward",
     )
     rows, settings = [], figures["settings"]
     for task, name, method, row in shown(figures):
         share = method.get("share of the reference's time")
         cells = ["" if row.get("seconds") is None else f"{row['seconds']:.1f}", interval(row["reward"])]
         cells.append(beside(row.get(f"reward to {RANDOM.name}")))
-        cells.append("" if share is None else "never" if share[0] is None else f"{share[0]:.2f} of its")
+        cells.append("" if share is None else "never" if share[0] is None else f"{share[0]:.2f} of its time")
         rows.append([task, name, *cells])
     about, place = settings["about"], figures.get("environment", {})
     counts = dict.fromkeys(str(len(halves["odd"]["prompts"])) for halves in figures["tasks"].values())

@@ -366,9 +366,9 @@ def compared():
 
 def test_the_readmes_gains(compared):
     text = readme_tables.equal_cost([compared])
-    assert "| clip | `ses_search` | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of its |" in text
-    assert "| clip | ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of its |" in text
-    assert "| clip | random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of its |" in text
+    assert "| clip | `ses_search` | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of its time |" in text
+    assert "| clip | ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of its time |" in text
+    assert "| clip | random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of its time |" in text
     assert "| clip | no search | 0.1 | 0.50 [0.50, 0.50] | -1.00 [-1.00, -1.00] | never |" in text
     assert "Some CPU, 2026-01-01: model m, 8 steps, 50 evaluations; means over 1 prompts" in text
     assert readme_tables.PLOT in text
