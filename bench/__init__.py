@@ -10,6 +10,7 @@ end_to_end: whole searches, the documented flow against ses_fast.
 environment: what a result was measured on; the clock.
 families: the image families at their published sizes, as data.
 floor: the least time a search can take on a device, counted on the real modules.
+keep: what `ses-fast compare` and `calibrate` found, put into bench/results.
 ops: runs test_bench_ops (every op) and test_bench_rewards (images a second), and keeps their figures.
 readme_tables: the tables of README and site, made of bench/results; reference_tables: those made of the code.
 sheet: what the embedded model draws, on one sheet.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, embedded, floor, reference_tables, scaling
+from bench import cpu, embedded, floor, keep, reference_tables, scaling
 from bench.collect import stored
 from bench.end_to_end import MODELS, ROWS
 from bench.ops import RESULTS, result_path
@@ -142,29 +142,28 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
     figures = last_comparison(comparisons)
     if figures is None:
         return FIRST_LOOK
-    settings, tasks = figures["settings"], {task: halves["odd"]["methods"] for task, halves in figures["tasks"].items()}
-    tasks = {task: methods for task, methods in tasks.items() if methods}
-    at = settings["budgets"].index(figures["target"])
+    settings, at = figures["settings"], figures["settings"]["budgets"].index(figures["target"])
+    tasks = {task: halves["odd"]["methods"] for task, halves in figures["tasks"].items() if halves["odd"]["methods"]}
     columns = ["noise found by", f"seconds ({' / '.join(tasks)})"]
     for task in tasks:
         columns += [f"{task} reward", "beside random", "time to `ses_search`'s"]
-    names = (UNSEARCHED.name, REFERENCE.name, RANDOM.name, tables.RACED, figures["default"], figures["chosen"])
     rows = []
-    for name in (name for name in dict.fromkeys(names) if any(name in methods for methods in tasks.values())):
-        cells = [f"`ses_search` ({name})" if name == REFERENCE.name else name, _seconds(tasks, name, at)]
+    for name in shown(figures):
+        cells = [title(name), _seconds(tasks, name, at)]
         for methods in tasks.values():
             row, share = methods[name]["budgets"][at], methods[name].get("share of the reference's time")
             cells += [interval(row["reward"]), beside(row.get(f"reward to {RANDOM.name}"))]
-            cells.append("" if not share or share[0] is None else f"{share[0]:.2f} of its time")
+            cells.append("" if share is None else "never" if share[0] is None else f"{share[0]:.2f} of its time")
         rows.append(cells)
-    about = settings["about"]
+    about, place = settings["about"], figures.get("environment", {})
+    counts = dict.fromkeys(str(len(halves["odd"]["prompts"])) for halves in figures["tasks"].values())
     words = (
-        f"{figures['target']} evaluations, {about.get('steps', '?')} steps, model {about['model']}, "
-        f"{len(settings['prompts'])} prompts of which half are reported on; [..] holds the truth with 95 %. "
-        f"[Reward over time]({PLOT})."
+        f"{place.get('device', '')}, {place.get('date', '')}: model {about['model']}, {about.get('steps', '?')} steps, "
+        f"{figures['target']} evaluations; means over {' and '.join(counts)} prompts, [..] holds the truth with 95 %."
     )
     said = [words, *tables.findings(figures), *map(recommended, calibrations[-1:])]
-    return "\n".join([*lines_of(columns, rows), "", *(f"- {each}" for each in said)]) + "\n"
+    plot = f"![reward over time]({PLOT})"
+    return "\n".join([*lines_of(columns, rows), "", *(f"- {each}" for each in said), "", plot]) + "\n"
 
 
 def recommended(report: str) -> str:
@@ -177,27 +176,60 @@ def _seconds(tasks: Mapping[str, Any], name: str, at: int) -> str:
     return " / ".join("" if each is None else f"{each:.1f}" for each in found)
 
 
+def shown(figures: Mapping[str, Any]) -> list[str]:
+    """The few methods that the README has room for."""
+    names = (UNSEARCHED.name, REFERENCE.name, RANDOM.name, tables.RACED, figures["default"], figures["chosen"])
+    known = [name for halves in figures["tasks"].values() for name in halves["odd"]["methods"]]
+    return [name for name in dict.fromkeys(names) if name in known]
+
+
+def title(name: str) -> str:
+    """Of a method, for who knows DiffSynth's function and not our names."""
+    return f"`ses_search` ({name})" if name == REFERENCE.name else name
+
+
+def by_others(comparisons: Results) -> str:
+    """What the same methods gain by their own reward, and by those that took no part."""
+    figures = last_comparison(comparisons)
+    if figures is None:
+        return NOTHING
+    columns = ("searched with", "noise found by", "gain by that reward", "by a held-out one", "right images")
+    at, rows = figures["settings"]["budgets"].index(figures["target"]), []
+    for task, halves in figures["tasks"].items():
+        for name in (name for name in shown(figures) if name != UNSEARCHED.name and name in halves["odd"]["methods"]):
+            row = halves["odd"]["methods"][name]["budgets"][at]
+            gains = [beside(row.get(f"{kind} to {UNSEARCHED.name}"), none="maybe none") for kind in summary.KINDS]
+            rows.append([task, title(name), *gains])
+    return "\n".join(lines_of(columns, rows)) + "\n"
+
+
 def interval(figures: Sequence[float | None], signed: bool = False) -> str:
     sign = "+" if signed else ""
     return "{} [{}, {}]".format(*("..." if each is None else format(each, f"{sign}.2f") for each in figures))
 
 
-def beside(apart: Sequence[float] | None) -> str:
-    """The difference, and whether it is one."""
+def beside(apart: Sequence[float | None] | None, none: str = "as good") -> str:
+    """The difference, and with `none` a mark where it may be none."""
     if apart is None:
         return ""
-    none = apart[1] is not None and apart[2] is not None and apart[1] <= 0 <= apart[2]
-    return interval(apart, signed=True) + (": as good" if none else "")
+    _, low, high = apart
+    return interval(apart, signed=True) + (
+        f": {none}" if low is not None and high is not None and low <= 0 <= high else ""
+    )
 
 
 def whole_comparison(comparisons: Results) -> str:
     """The report of the last comparison."""
     figures = last_comparison(comparisons)
-    return NOTHING if figures is None else demoted(tables.markdown(figures)) + "\n"
+    if figures is None:
+        return NOTHING
+    place = figures.get("environment", {})
+    head = ", ".join(str(place[fact]) for fact in FACTS if place.get(fact))
+    return f"{head}.\n\n{demoted(tables.markdown(figures))}\n\n![reward over time]({PLOT})\n"
 
 
 def last_comparison(comparisons: Results) -> dict[str, Any] | None:
-    return comparisons[-1] if comparisons else None
+    return max(comparisons, key=lambda each: each.get("environment", {}).get("date", ""), default=None)
 
 
 def reports(texts: Sequence[str]) -> str:
@@ -225,14 +257,14 @@ def floors(results: Results) -> str:
 
 
 def inventory(files: Mapping[str, dict[str, Any] | None]) -> str:
-    """What was measured, and what never was. files: name -> its JSON, None of a report."""
+    """What was measured, and what never was. files: name -> its JSON, None of a page beside one."""
     rows, known = [], set()
     for name, content in files.items():
         kind = next((each for each in KINDS if f"-{each}." in name), None)
-        if kind is None or (content is None and kind != "calibrate"):  # the report beside a JSON file
+        if kind is None or content is None:
             continue
         known.add(kind)
-        about = (content or {}).get("environment") or (content or {}).get("settings", {}).get("machine", {})
+        about = content.get("environment", {})
         facts = ["" if kind == "floor" and fact == "device" else str(about.get(fact) or "") for fact in FACTS]
         rows.append([f"[{name}](bench/results/{name})", KINDS[kind], *facts])
         known |= {"gpu"} if "NVIDIA" in facts[0] else set()
@@ -243,9 +275,12 @@ def inventory(files: Mapping[str, dict[str, Any] | None]) -> str:
 
 
 def every_file() -> dict[str, dict[str, Any] | None]:
-    """Every file of bench/results by its name."""
-    paths = sorted(RESULTS.iterdir())
-    return {path.name: json.loads(path.read_text()) if path.suffix == ".json" else None for path in paths}
+    """Every file of bench/results by its name, and of a calibration's report what it says of itself."""
+    files: dict[str, dict[str, Any] | None] = {}
+    for path in sorted(RESULTS.iterdir()):
+        report = {"environment": keep.about(path.read_text())} if path.stem.endswith("-calibrate") else None
+        files[path.name] = json.loads(path.read_text()) if path.suffix == ".json" else report
+    return files
 
 
 def json_of(pattern: str) -> Callable[[], Results]:
@@ -257,7 +292,7 @@ def texts_of(pattern: str) -> Callable[[], list[str]]:
     return lambda: [path.read_text() for path in sorted(RESULTS.glob(pattern))]
 
 
-comparisons = json_of("*-compare.json")  # compare.json of `ses-fast compare`, committed as <device>-<date>-compare.json
+comparisons = json_of("*-compare.json")  # compare.json of `ses-fast compare`, by bench.keep
 calibrations = texts_of("*-calibrate.md")
 runs_of_embedded = json_of("*-embedded.json")
 
@@ -265,6 +300,7 @@ runs_of_embedded = json_of("*-embedded.json")
 SECTIONS: list[tuple[str, str, Callable[[Any], str], Callable[[], Any]]] = [
     ("README.md", "gains", lambda found: equal_cost(*found), lambda: (comparisons(), calibrations())),
     ("docs/results/comparison.md", "comparison", whole_comparison, comparisons),
+    ("docs/guides/limits.md", "others", by_others, comparisons),
     ("docs/results/comparison.md", "embedded", gains_and_headroom, runs_of_embedded),
     ("docs/results/calibration.md", "calibration", reports, calibrations),
     ("docs/results/speed.md", "performance", performance, stored),

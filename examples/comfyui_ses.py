@@ -1,7 +1,7 @@
 """A ComfyUI node: noise that Spectral Evolution Search has found, for SamplerCustomAdvanced.
 
-Copy this file into ComfyUI's folder custom_nodes/, and `pip install "ses-fast[rewards]"` into ComfyUI's Python. Put the
-node "SES noise" (sampling/custom_sampling/noise) between RandomNoise and SamplerCustomAdvanced:
+Copy this file into ComfyUI's folder custom_nodes/, and run `pip install ".[rewards]"` in a clone with ComfyUI's Python.
+Put the node "SES noise" (sampling/custom_sampling/noise) between RandomNoise and SamplerCustomAdvanced:
 
     RandomNoise -> SES noise -> SamplerCustomAdvanced -> VAE Decode
 

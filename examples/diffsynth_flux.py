@@ -1,6 +1,7 @@
 """FLUX.1-dev with DiffSynth-Studio: previews of 10 steps for an image of 30, judged by HPSv2, in a race.
 
-Needs a GPU and `pip install "ses-fast[diffsynth,rewards]"`. The first run downloads the model and HPSv2 (2 GB).
+Needs a GPU and the package: `pip install ".[diffsynth,rewards]"` in a clone.
+The first run downloads the model and HPSv2 (2 GB).
 """
 
 import torch

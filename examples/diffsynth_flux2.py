@@ -1,6 +1,7 @@
 """FLUX.2-klein with DiffSynth-Studio: its four steps are few enough for previews with all of them.
 
-Needs a GPU and `pip install "ses-fast[diffsynth,rewards]"`. The first run downloads the model and PickScore (3.9 GB).
+Needs a GPU and the package: `pip install ".[diffsynth,rewards]"` in a clone.
+The first run downloads the model and PickScore (3.9 GB).
 FLUX.2-dev is the same code with "black-forest-labs/FLUX.2-dev", 30 steps and previews of 10.
 """
 

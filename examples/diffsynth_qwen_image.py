@@ -1,6 +1,7 @@
 """Qwen-Image with DiffSynth-Studio: a search by two rewards, and a third that only judges.
 
-Needs a GPU and `pip install "ses-fast[diffsynth,rewards]"`. The first run downloads the model and the rewards (10 GB).
+Needs a GPU and the package: `pip install ".[diffsynth,rewards]"` in a clone.
+The first run downloads the model and the rewards (10 GB).
 """
 
 import torch

@@ -1,6 +1,7 @@
 """SDXL with DiffSynth-Studio, whose own call makes the previews, one candidate at a time.
 
-Needs a GPU and `pip install "ses-fast[diffsynth,rewards]"`. The first run downloads the model and PickScore (3.9 GB).
+Needs a GPU and the package: `pip install ".[diffsynth,rewards]"` in a clone.
+The first run downloads the model and PickScore (3.9 GB).
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Z-Image-Turbo with DiffSynth-Studio: the best of 50 previews of 8 steps, judged by PickScore, in full.
 
-Needs a GPU and `pip install "ses-fast[diffsynth,rewards]"`. The first run downloads the model and PickScore (3.9 GB).
+Needs a GPU and the package: `pip install ".[diffsynth,rewards]"` in a clone.
+The first run downloads the model and PickScore (3.9 GB).
 """
 
 import torch

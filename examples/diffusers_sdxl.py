@@ -1,6 +1,7 @@
 """SDXL with diffusers: any scheduler, LoRA and offloading, as without a search.
 
-Needs a GPU and `pip install "ses-fast[diffusers,rewards]"`. The first run downloads the model and PickScore (3.9 GB).
+Needs a GPU and the package: `pip install ".[diffusers,rewards]"` in a clone.
+The first run downloads the model and PickScore (3.9 GB).
 """
 
 import diffusers

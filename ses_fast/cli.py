@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--shard",
         choices=("prompts", "population"),
-        help="what the processes of torchrun share (default: the prompts, where there are as many as processes)",
+        help="what the processes of torchrun share (default: whichever is done sooner)",
     )
     batch.add_argument(
         "--timeout", type=_at_least(1), default=60, help="minutes that one process of torchrun waits for the others"

@@ -16,7 +16,7 @@ from test_hps import checkpoint, img_score  # noqa: F401  fixtures
 from test_rewards import make_images
 
 import ses_fast
-from bench import collect, compare, cpu, end_to_end, floor, readme_tables, reference_tables
+from bench import collect, compare, cpu, end_to_end, floor, keep, readme_tables, reference_tables
 from bench import ops as op_benches
 from bench.baseline import Flow, HPSScore
 from bench.clip import check_scores
@@ -333,23 +333,35 @@ def test_the_embedded_models_figures():
         assert part in text
 
 
-@pytest.fixture
-def compared():
-    """A comparison of four prompts, two in each half, where ses finds better ones than random, and mix does not."""
-    found = {"reference": 1.0, "random": 1.5, "ses": 2.0, "mix": 1.5}
-    methods = {name: asdict(METHODS[name]) for name in found}
-    settings = {"budgets": [10, 50], "methods": methods, "tasks": ["clip"], "seeds": 1, "prompts": [*"abcd"]}
-    settings |= {"about": {"model": "m", "steps": 8}, "machine": {"device": "Some CPU", "rounds": 1, "threads": 1}}
+FOUND = {"no search": 0.5, "reference": 1.0, "random": 1.5, "ses": 2.0, "mix": 1.5}
+
+
+def comparison(tasks=("clip",)):
+    """Of four prompts of a hundred, two in each half, where ses finds better ones than random, and mix does not."""
+    methods = {name: asdict(METHODS[name]) for name in FOUND}
+    settings = {"budgets": [10, 50], "methods": methods, "tasks": list(tasks), "seeds": 1, "prompts": ["a"] * 100}
+    settings |= {"about": {"model": "m", "steps": 8}, "machine": {"device": "cpu", "rounds": 1, "threads": 1}}
+
+    def worth(value, task):
+        return {"reward": [[0.5, value]], "held_out": [[0.2, value if task == "clip" else 0.2]], "oracle": [[0.0, 1.0]]}
+
     scores = [
-        {"prompt": i, "task": "clip", "methods": {name: {"reward": [[0.5, value]]} for name, value in found.items()}}
+        {"prompt": i, "task": task, "methods": {name: worth(value, task) for name, value in FOUND.items()}}
         for i in range(4)
+        for task in tasks
     ]
     cost = {"previews": 80, "finals": 8, "denoise": 1.0}
     times = [
-        {"round": 0, "task": "clip", "method": name, "costs": [cost | {"seconds": 2.0}, cost | {"seconds": seconds}]}
-        for name, seconds in {"reference": 20.0, "random": 5.0, "ses": 5.0, "mix": 4.0}.items()
+        {"round": 0, "task": task, "method": name, "costs": [cost | {"seconds": 2.0}, cost | {"seconds": seconds}]}
+        for name, seconds in {"no search": 0.1, "reference": 20.0, "random": 5.0, "ses": 5.0, "mix": 4.0}.items()
+        for task in tasks
     ]
     return summary.summarise(settings, scores, times)
+
+
+@pytest.fixture
+def compared():
+    return comparison() | {"environment": ABOUT}
 
 
 def test_the_readmes_gains(compared):
@@ -357,15 +369,25 @@ def test_the_readmes_gains(compared):
     assert "| `ses_search` (reference) | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of its time |" in text
     assert "| ses | 5.0 | 2.00 [2.00, 2.00] | +0.50 [+0.50, +0.50] | 0.15 of its time |" in text
     assert "| random | 5.0 | 1.50 [1.50, 1.50] |  | 0.17 of its time |" in text
-    assert "50 evaluations, 8 steps, model m, 4 prompts" in text and readme_tables.PLOT in text
-    assert (
-        "- Is ses, the call's own default, above random and above the reference at 50 evaluations? **clip**: yes"
-        in text
-    )
-    assert "Not measured yet." in readme_tables.equal_cost([])
-    assert readme_tables.whole_comparison([]) == readme_tables.NOTHING
+    assert "| no search | 0.1 | 0.50 [0.50, 0.50] | -1.00 [-1.00, -1.00] | never |" in text
+    assert "Some CPU, 2026-01-01: model m, 8 steps, 50 evaluations; means over 2 prompts" in text
+    assert f"\n![reward over time]({readme_tables.PLOT})\n" in text
+    question = "- Is ses, the call's own default, above random and above the reference at 50 evaluations?"
+    assert f"{question} **clip**: yes" in text
+    assert readme_tables.equal_cost([]).startswith("Not measured yet. A first look")
+    assert readme_tables.whole_comparison([]) == readme_tables.by_others([]) == readme_tables.NOTHING
     whole = readme_tables.whole_comparison([compared])
     assert "## Methods at equal cost" in whole and "### Task clip, odd prompts" in whole and "\n# " not in whole
+    assert whole.startswith("Some CPU, 2026-01-01, abc.\n") and readme_tables.PLOT in whole
+    older = compared | {"environment": ABOUT | {"date": "2025-12-31", "device": "Z"}}
+    assert "Some CPU" in readme_tables.equal_cost([compared, older])
+
+
+def test_what_others_say_of_the_gains():
+    rows = readme_tables.by_others([comparison(("clip", "jpeg"))]).splitlines()
+    gain, none = "+1.50 [+1.50, +1.50]", "+0.00 [+0.00, +0.00]: maybe none"
+    assert f"| clip | ses | {gain} | {gain} | {none} |" in rows and f"| jpeg | ses | {gain} | {none} | {none} |" in rows
+    assert len(rows) == 2 + 2 * 3 and not any("no search" in row for row in rows)
 
 
 def test_the_readme_has_room_for_a_comparison(compared):
@@ -402,7 +424,7 @@ def test_the_inventory_says_what_was_never_measured(compared):
         and "operators" not in missing
     )
     gpu = about | {"environment": ABOUT | {"device": "NVIDIA H100"}}
-    more = readme_tables.inventory({"h100-2-bench.json": gpu, "a-compare.json": compared, "a-calibrate.md": None})
+    more = readme_tables.inventory({"h100-2-bench.json": gpu, "a-compare.json": compared, "a-calibrate.md": about})
     assert "on a GPU" not in more and "compare`" not in more.splitlines()[-1] and "| Some CPU |" in more
 
 
@@ -474,19 +496,26 @@ def faults(folder):
     """What is wrong with a folder of results."""
     found = []
     for path in sorted(folder.glob("*")):
-        if path.suffix == ".md" and not path.with_suffix(".json").is_file():
-            found.append(f"{path.name} is of no result")
-        if path.suffix != ".json":
+        kind = next((kind for kind in readme_tables.KINDS if path.stem.endswith(f"-{kind}")), None)
+        result = json.loads(path.read_text()) if path.suffix == ".json" else {}
+        if kind is None:
+            found.append(f"{path.name} is of no kind that is known")
             continue
-        result = json.loads(path.read_text())
-        kind = next((kind for kind in ("-embedded", "-floor") if path.stem.endswith(kind)), "-bench")
-        floor = f"{result.get('device')}-floor.json"  # counted, of a device that need not be this one
-        if path.name != (floor if kind == "-floor" else result_path(result["environment"], kind).name):
-            found.append(f"{path.name} is not named after what it was measured on")
-        if not result["environment"].keys() >= {"device", "cores", "versions", "date", "commit"}:
+        if kind == "calibrate":
+            result = {"environment": keep.about(path.read_text())}
+        elif path.suffix == ".md":
+            if not path.with_suffix(".json").is_file():
+                found.append(f"{path.name} is of no result")
+            continue
+        facts = {"device", "date", "commit"} | ({"cores", "versions"} if kind != "calibrate" else set())
+        if not result.get("environment", {}).keys() >= facts:
             found.append(f"{path.name} does not say what it was measured on")
+            continue
+        floor = f"{result.get('device')}-floor"  # counted, of a device that need not be this one
+        if path.stem != (floor if kind == "floor" else result_path(result["environment"], f"-{kind}").stem):
+            found.append(f"{path.name} is not named after what it was measured on")
         page = path.with_suffix(".md")
-        if kind == "-bench" and not (page.is_file() and page.read_text() == collect.markdown(result)):
+        if kind == "bench" and not (page.is_file() and page.read_text() == collect.markdown(result)):
             found.append(f"{page.name} is missing or old")
     return found
 
@@ -501,6 +530,83 @@ def test_every_result_has_its_page(tmp_path):
     assert faults(tmp_path) == []
     path.rename(tmp_path / "other-bench.json")
     assert len(faults(tmp_path)) == 3
+
+
+def test_reports_say_what_they_were_measured_on(tmp_path):
+    """As the commands write them they are refused in bench/results."""
+    plain = {"some-cpu-2026-01-01-compare.json": json.dumps(comparison()), "a-2026-01-01-calibrate.md": keep.TITLE}
+    for name, text in plain.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "notes.md").touch()
+    assert faults(tmp_path) == [
+        "a-2026-01-01-calibrate.md does not say what it was measured on",
+        "notes.md is of no kind that is known",
+        "some-cpu-2026-01-01-compare.json does not say what it was measured on",
+    ]
+
+
+REPORT = f"{keep.TITLE}\nmodel m; 2 prompts.\n\nNo race is worth its looks.\n"
+
+
+@pytest.fixture
+def reports(tmp_path):
+    """compare.json and ses.md, as the commands leave them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "compare.json").write_text(json.dumps(comparison(("clip", "jpeg"))))
+    (out / "ses.md").write_text(REPORT)
+    return [str(out / "compare.json"), str(out / "ses.md")]
+
+
+def test_kept_reports_fill_every_page(reports, tmp_path, monkeypatch):
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    keep.main([*reports, "--commit", "abc", "--into", str(results)])
+    assert faults(results) == []
+    calibrated, compared = sorted(results.iterdir())
+    keep.main([str(calibrated), str(compared), "--into", str(results)])  # anew: the same names, today's commit
+    assert sorted(results.iterdir()) == [calibrated, compared] and faults(results) == []
+    assert calibrated.read_text().count("Measured on") == 1
+    keep.main([*reports, "--commit", "abc", "--into", str(results)])
+
+    for each in {section[0] for section in readme_tables.SECTIONS}:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text((readme_tables.ROOT / each).read_text())
+    monkeypatch.setattr(readme_tables, "RESULTS", results)
+    monkeypatch.setattr(readme_tables, "renewed", functools.partial(readme_tables.renewed, tmp_path))
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    readme_tables.main([])
+    with pytest.raises(SystemExit, match="^0$"):
+        readme_tables.main(["--check"])
+    readme, comparison_page, calibration, limits, index = (
+        (tmp_path / name).read_text()
+        for name in (
+            *("README.md", "docs/results/comparison.md", "docs/results/calibration.md"),
+            *("docs/guides/limits.md", "docs/results/index.md"),
+        )
+    )
+    assert len(readme.splitlines()) <= 130 and "](docs/compare.png)" in readme and "jpeg reward" in readme
+    assert "### Task jpeg, odd prompts" in comparison_page and "](../../docs/compare.png)" in comparison_page
+    assert "## Previews against full fidelity\n\nMeasured on " in calibration and "No race" in calibration
+    assert "maybe none" in limits
+    assert all(f"[{path.name}](../../bench/results/{path.name})" in index for path in (calibrated, compared))
+    assert index.count("| abc |") == 2 and "`ses-fast compare`" not in index.splitlines()[-1]
+    assert (tmp_path / readme_tables.PLOT).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        pytest.param("{", "compare.json", "Expecting", id="no-json"),
+        pytest.param('{"settings": {}}', "compare.json", "no compare.json of ses-fast", id="another-json"),
+        pytest.param("# Something", "ses.md", "no report of ses-fast calibrate", id="another-report"),
+    ],
+)
+def test_what_neither_command_wrote_is_not_kept(tmp_path, capsys, text, name, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit):
+        keep.main([str(tmp_path / name), "--into", str(tmp_path)])
+    assert message in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_compiled_blocks_are_not_the_baselines(contest, monkeypatch):
