@@ -11,7 +11,7 @@ from ses_fast import Preview
 from ses_fast.pipelines.diffusers.family import FAMILIES
 
 # What takes longest, or stands for no layout, scheduler or call of its own.
-SLOW = ("CogView4", "Chroma", "Lumina2")
+SLOW = ("CogView4", "Chroma", "Lumina2", "PixArt-Alpha", "AuraFlow")
 NAMES = [pytest.param(name, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MAKE]
 RACE = Preview(race=((0.94, 0.5),))  # after the first or the second of three steps
 

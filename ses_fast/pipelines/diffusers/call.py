@@ -30,6 +30,7 @@ from .scheduler import draws_noise
 # Arguments of the call that no preview depends on, or that a state holds in another form.
 NOT_OF_A_PREVIEW = frozenset({"prompt", "generator", "latents", "num_inference_steps", "output_type", "return_dict"})
 REFUSED = {
+    "caption_upsample_temperature": "it writes another prompt in every call, by chance: give the longer prompt itself",
     "denoising_end": "its image is not finished, so no reward can judge it",
     "denoising_start": "it goes on from an image, so no noise is searched",
 }
