@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from test_diffusers import close, drawn, levels, packed, previews, rounded
+from test_diffusers import close, drawn, first_noises, levels, packed, previews, rounded
 from tiny_diffusers import brightness, first, make, search
 
 import ses_fast
-from ses_fast import Preview, SearchResult, SESConfig, evolution, reference
+from ses_fast import Preview, SearchResult, SESConfig, reference
 from ses_fast.pipelines.diffusers import call as diffusers_call
 from ses_fast.pipelines.diffusers.call import suited
 from ses_fast.pipelines.diffusers.driver import Driver
@@ -478,9 +478,7 @@ def test_a_cache_does_not_leak_between_candidates(cache):
     with pytest.raises(KeyboardInterrupt), stops_in_forward(tiny.pipe.transformer, 3):
         search(tiny, 4, steps=4)
     _, result, images, _ = previews(tiny, 4, steps=4, popsize=4)
-    state = result.state
-    begun = evolution.start(state.base, state.config, seed=result.seed, include_base=True)
-    for noise, image in zip(evolution.ask(begun, 4)[0].split(1), images, strict=True):
+    for noise, image in zip(first_noises(result, 4), images, strict=True):
         alone = tiny(num_inference_steps=4, latents=packed(tiny.pipe, noise))
         assert np.array_equal(levels(image[None])[0], rounded(first(alone)))
     assert np.array_equal(first(tiny(num_inference_steps=4, generator=drawn())), stock)
