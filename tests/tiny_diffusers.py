@@ -12,13 +12,13 @@ from ses_fast._torchvision import declare_torchvision_ops
 declare_torchvision_ops()
 
 from diffusers import (  # noqa: E402
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
