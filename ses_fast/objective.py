@@ -81,7 +81,7 @@ class FunctionObjective(Objective):
 
 
 def check_fingerprint(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError, with the outermost difference, for a state whose scores depend on other things than the call's."""
+    """Raises ValueError, with the outermost difference, for a state whose scores depend on what the call's do not."""
     if not was:
         raise ValueError("the state is of another search: it does not say what its scores are of")
     was, now = ({name: value for name, value in each.items() if name != "scale"} for each in (was, now))
