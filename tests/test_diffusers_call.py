@@ -305,9 +305,12 @@ def counted(model):
     ("call", "config", "message"),
     [
         ({"num_images_per_prompt": 2}, {}, "leave num_images_per_prompt=2 out"),
+        ({"num_images_per_prompt": None}, {}, "leave num_images_per_prompt=None out"),
         ({"prompt": ["a cat"]}, {}, "one prompt, a string"),
         ({"prompt": None}, {}, "embeds"),
         ({"generator": [drawn(), drawn()]}, {}, "a list of 2"),
+        ({"generator": "cpu"}, {}, "a torch.Generator or a list of one, got 'cpu'"),
+        ({"latents": [0.0]}, {}, "latents= must be a tensor, got list"),
         ({"denoising_end": 0.8}, {}, "denoising_end"),
         ({"timesteps": [900, 500]}, {}, "ses_inference_steps=2"),
         ({"output_type": "latent"}, {"report_rewards": {"other": brightness}}, "output_type"),
