@@ -13,15 +13,20 @@ from bench.table import lines_of
 from ses_fast.pipelines.diffsynth import FAMILIES, family_of
 from ses_fast.pipelines.diffsynth.any import AnyImage
 from ses_fast.pipelines.diffsynth.unit import PER_CALL_LORAS
+from ses_fast.pipelines.diffusers.call import REFUSED, check
 from ses_fast.pipelines.diffusers.family import FAMILIES as DIFFUSERS
-from ses_fast.pipelines.diffusers.family import denoisers_of
+from ses_fast.pipelines.diffusers.family import Family, denoisers_of
+from ses_fast.pipelines.diffusers.memory import COUNTS
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 OF_DIFFSYNTH = (
     *("DiffSynth's class", "previews", "race", "half size"),
     *("compiled", "searched in", "refused by name", "tests"),
 )
-OF_DIFFUSERS = ("diffusers' class", "previews", "race", "half size", "`Preview(cfg=False)` sets", "`compile=True`")
+OF_DIFFUSERS = (
+    *("diffusers' class", "previews", "race", "half size"),
+    *("compiled", "`Preview(cfg=False)` sets", "refused by name"),
+)
 LATENT = {"FluxImagePipeline": 8, "Flux2ImagePipeline": 16, "QwenImagePipeline": 8, "ZImagePipeline": 8}
 SPECIAL = {
     "Ideogram4Pipeline": "without its own text encoder, which wants a later transformers",
@@ -75,20 +80,40 @@ def diffsynth_classes() -> list[list[str]]:
     return table
 
 
+def refused_of_diffusers(pipe, family: Family) -> str:
+    """What `check` refuses of the arguments that the pipeline's call has, and what a race is refused with."""
+    takes = inspect.signature(pipe.__call__).parameters
+    refused = []
+    for argument, value, words in [*((name, 2, " above 1") for name in COUNTS), *((name, 0.5, "") for name in REFUSED)]:
+        if argument not in takes:
+            continue
+        try:
+            check({argument: value}, 1, None)
+        except ValueError as error:
+            assert argument in str(error)
+            refused.append(f"`{argument}`{words}")
+    counted = [f"`{name}={none!r}`" for name, (none,) in family.counts_steps.items()]
+    refused += [f"a race without {' and '.join(counted)}"] if counted else []
+    return ", ".join(refused + ([] if compiles(pipe) else ["`compile=True`"]))
+
+
+def compiles(pipe) -> bool:
+    return all(getattr(denoiser, "_repeated_blocks", None) for denoiser in denoisers_of(pipe))
+
+
 def diffusers_classes() -> list[list[str]]:
     pipes = {type(pipe).__name__: pipe for pipe in (tiny_diffusers.make(name).pipe for name in tiny_diffusers.MAKE)}
     rows = []
     for name, family in sorted(DIFFUSERS.items()):
-        refused = ", ".join(f"`{argument}`" for argument in family.counts_steps)
-        compiled = all(getattr(denoiser, "_repeated_blocks", None) for denoiser in denoisers_of(pipes[name]))
         rows.append(
             [
                 f"`{name}`",
                 "together" if family.together else "one by one",
-                f"not with {refused}" if refused else "yes",
                 "yes",
-                f"`{family.guidance}={family.unguided}`",
-                "yes" if compiled else "no",
+                "yes",
+                "yes" if compiles(pipes[name]) else "no",
+                ", ".join(f"`{argument}={value}`" for argument, value in family.without_guidance().items()) or "-",
+                refused_of_diffusers(pipes[name], family),
             ]
         )
     return rows

@@ -7,11 +7,11 @@ from tiny_diffusers import MAKE, brightness, first, make, search
 from torch import Tensor
 
 import ses_fast
-from ses_fast import Preview
+from ses_fast import Preview, evolution
 from ses_fast.pipelines.diffusers.family import FAMILIES
 
 # What takes longest, or stands for no layout, scheduler or call of its own.
-SLOW = ("CogView4", "Chroma", "Lumina2")
+SLOW = ("CogView4", "Chroma", "Lumina2", "PixArt-Alpha", "AuraFlow")
 NAMES = [pytest.param(name, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MAKE]
 RACE = Preview(race=((0.94, 0.5),))  # after the first or the second of three steps
 
@@ -59,6 +59,13 @@ def previews(tiny, budget=5, **settings):
     return output, result, torch.cat([images for images, _ in seen]), torch.cat([steps for _, steps in seen])
 
 
+def first_noises(result, n: int) -> tuple[Tensor, ...]:
+    """The first candidates of a search, drawn anew."""
+    state = result.state
+    begun = evolution.start(state.base, state.config, seed=result.seed, include_base=True)
+    return evolution.ask(begun, n)[0].split(1)
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding, which moves a number to the next of the 256 levels where it lies between two."""
     apart = (a - b).abs()
@@ -92,18 +99,19 @@ def test_without_ses_the_stock_image_and_with_a_budget_of_one_too(tiny):
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_a_preview_and_the_answer_are_the_stock_calls_images_of_that_noise(tiny):
-    output, result, images, _ = previews(tiny, steps=2, batch_size=1)
+def test_previews_and_the_answer_are_the_stock_calls_images_of_their_noises(tiny):
+    output, result, images, _ = previews(tiny, 4, steps=2, batch_size=1)
     winner = result.best.index
     assert winner != 0 or result.score == result.base_score
     after = drawn()
     noise = torch.randn(result.latents.shape, generator=after, dtype=result.latents.dtype)
-    assert torch.equal(noise, result.state.base)
-    for steps, image in ((2, levels(images)[winner]), (3, rounded(first(output)))):
+    noises = first_noises(result, 4)
+    assert torch.equal(noise, noises[0]) and torch.equal(result.latents, noises[winner])
+    shown = [(2, levels(image[None])[0], noise) for image, noise in zip(images, noises, strict=True)]
+    for steps, image, noise in [*shown, (3, rounded(first(output)), result.latents)]:
         generator = drawn()
         generator.set_state(after.get_state())
-        latents = packed(tiny.pipe, result.latents)
-        stock = tiny(num_inference_steps=steps, generator=generator, latents=latents)
+        stock = tiny(num_inference_steps=steps, generator=generator, latents=packed(tiny.pipe, noise))
         assert np.array_equal(image, rounded(first(stock)))
 
 
@@ -118,6 +126,18 @@ def test_together_equals_one_by_one_and_a_race_spares_the_survivors(tiny):
     final = steps == 0
     assert 3 <= final.sum() < 5 and raced.forwards["preview"] < alone.forwards["preview"]
     assert torch.equal(shown[final], images[final]) and not close(shown[~final], images[~final])
+
+
+# Packed latents, a list of images in the model, noise inside the steps, a history that the later of five steps still
+# read; the schedulers' own
+# tests in test_diffusers_call.py race in batches on SDXL and FLUX.1.
+@pytest.mark.parametrize("family", ["Qwen-Image", "Z-Image", "SDXL-Turbo", "PixArt-Sigma"])
+def test_a_race_in_batches_spares_the_survivors(tiny):
+    _, _, images, _ = previews(tiny, steps=5, batch_size=1)
+    _, _, shown, steps = previews(tiny, steps=5, batch_size=2, preview=RACE)
+    final = steps == 0
+    assert 3 <= final.sum() < 5
+    assert close(shown[final], images[final]) and not close(shown[~final], images[~final])
 
 
 @pytest.mark.parametrize("family", [name for name in NAMES if name.id != "SDXL-Turbo"])

@@ -1,6 +1,7 @@
 """diffusers' own conventions on an enabled pipeline, its schedulers, and known traps."""
 
 import copy
+import itertools
 import logging
 from contextlib import contextmanager
 
@@ -9,15 +10,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from peft import LoraConfig
-from test_diffusers import close, drawn, levels, packed, previews, rounded
+from PIL import Image
+from test_diffusers import close, drawn, first_noises, levels, packed, previews, rounded
 from tiny_diffusers import brightness, first, make, search
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import ses_fast
-from ses_fast import Preview, SearchResult, SESConfig, evolution, reference
+from ses_fast import Preview, SearchResult, SESConfig, reference
 from ses_fast.pipelines.diffusers import call as diffusers_call
 from ses_fast.pipelines.diffusers.call import suited
 from ses_fast.pipelines.diffusers.driver import Driver
+from ses_fast.pipelines.diffusers.family import FAMILIES
 from ses_fast.pipelines.diffusers.pictures import at_levels, of_output
 from ses_fast.pipelines.diffusers.scheduler import foreseen, noise_levels, window_on
 from ses_fast.rewards.pil import from_pil
@@ -300,9 +305,12 @@ def counted(model):
     ("call", "config", "message"),
     [
         ({"num_images_per_prompt": 2}, {}, "leave num_images_per_prompt=2 out"),
+        ({"num_images_per_prompt": None}, {}, "leave num_images_per_prompt=None out"),
         ({"prompt": ["a cat"]}, {}, "one prompt, a string"),
         ({"prompt": None}, {}, "embeds"),
         ({"generator": [drawn(), drawn()]}, {}, "a list of 2"),
+        ({"generator": "cpu"}, {}, "a torch.Generator or a list of one, got 'cpu'"),
+        ({"latents": [0.0]}, {}, "latents= must be a tensor, got list"),
         ({"denoising_end": 0.8}, {}, "denoising_end"),
         ({"timesteps": [900, 500]}, {}, "ses_inference_steps=2"),
         ({"output_type": "latent"}, {"report_rewards": {"other": brightness}}, "output_type"),
@@ -327,9 +335,20 @@ def test_a_reward_by_name_needs_the_prompts_text(flux):
     assert result is None and np.array_equal(first(output), first(flux(num_inference_steps=3, generator=drawn())))
 
 
+@pytest.mark.parametrize("cls", set(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()), ids=lambda cls: cls.__name__)
+def test_a_text_to_image_class_is_known_or_refused_by_name(cls):
+    """Nothing but a line in FAMILIES makes a class known: a subclass of the library's own is another one."""
+    pipe = cls.__new__(cls)
+    if cls.__name__ in FAMILIES:
+        assert ses_fast.enable(pipe) is pipe and ses_fast.disable(pipe) is pipe
+    else:
+        with pytest.raises(ValueError, match=f"does not know diffusers.*{cls.__name__}; the supported pipelines are"):
+            ses_fast.enable(pipe)
+
+
 def test_other_classes_are_refused():
     pipe = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(make("SDXL").pipe)
-    with pytest.raises(ValueError, match="does not know .*Img2Img.*diffusers's ChromaPipeline, .*ZImagePipeline"):
+    with pytest.raises(ValueError, match="does not know .*Img2Img.*diffusers's AuraFlowPipeline, .*ZImagePipeline"):
         ses_fast.enable(pipe)
     with pytest.raises(ValueError, match="no repeated blocks of SD3"):
         ses_fast.enable(make("SD3").pipe, compile=True)
@@ -340,6 +359,7 @@ def test_other_classes_are_refused():
     [
         pytest.param("Lumina2", {"cfg_trunc_ratio": 0.5}, marks=SLOW),
         ("SD3", {"skip_guidance_layers": [1]}),
+        ("SDXL-ControlNet", {"control_guidance_end": 0.5}),
     ],
 )
 def test_a_race_is_refused_where_an_argument_counts_the_steps(family, call):
@@ -478,31 +498,59 @@ def test_a_cache_does_not_leak_between_candidates(cache):
     with pytest.raises(KeyboardInterrupt), stops_in_forward(tiny.pipe.transformer, 3):
         search(tiny, 4, steps=4)
     _, result, images, _ = previews(tiny, 4, steps=4, popsize=4)
-    state = result.state
-    begun = evolution.start(state.base, state.config, seed=result.seed, include_base=True)
-    for noise, image in zip(evolution.ask(begun, 4)[0].split(1), images, strict=True):
+    for noise, image in zip(first_noises(result, 4), images, strict=True):
         alone = tiny(num_inference_steps=4, latents=packed(tiny.pipe, noise))
         assert np.array_equal(levels(image[None])[0], rounded(first(alone)))
     assert np.array_equal(first(tiny(num_inference_steps=4, generator=drawn())), stock)
 
 
-def test_adapters_tiles_and_caches_are_the_stock_calls():
-    """A LoRA and an IP-Adapter in the denoiser, tiled decoding; a cache, which decides by the mean over a batch."""
+def test_adapters_are_the_stock_calls():
+    """A LoRA and an IP-Adapter in the denoiser, with embeddings and with a picture, which is read once."""
     tiny = make("SDXL")
     ses_fast.enable(tiny.pipe)
     plain = first(tiny(num_inference_steps=3, generator=drawn()))
     tiny.pipe.unet._load_ip_adapter_weights([ip_adapter(tiny.pipe.unet)])
     tiny.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    tiny.pipe.vae.enable_tiling()
-    call = {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=drawn())]}
-    stock = first(tiny(num_inference_steps=3, generator=drawn(), **call))
-    assert np.abs(stock - plain).max() > 0.1
-    output, _ = search(tiny, 1, call=call)
-    assert np.array_equal(first(output), stock)
-    _, _, alone, _ = previews(tiny, 3, batch_size=1, call=call)
-    _, _, together, _ = previews(tiny, 3, batch_size=3, call=call)
-    assert close(alone, together)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=8, **sizes)
+    eye = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    tiny.pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=CLIPImageProcessor(**eye)
+    )
+    picture = Image.fromarray(rounded(plain))
+    embeds = [torch.randn(2, 1, 8, generator=drawn())]
+    stocks = [plain]
+    for call in ({"ip_adapter_image_embeds": embeds}, {"ip_adapter_image": picture}):
+        stocks.append(first(tiny(num_inference_steps=3, generator=drawn(), **call)))
+        output, _ = search(tiny, 1, call=call)
+        assert np.array_equal(first(output), stocks[-1])
+        with counted(tiny.pipe.image_encoder) as reads:
+            _, _, alone, _ = previews(tiny, 3, batch_size=1, call=call)
+        assert len(reads) == ("ip_adapter_image" in call)
+        _, _, together, _ = previews(tiny, 3, batch_size=3, call=call)
+        assert close(alone, together)
+    assert all(np.abs(one - other).max() > 0.1 for one, other in itertools.combinations(stocks, 2))
 
+
+def test_tiled_decoding_is_the_stock_calls(sdxl):
+    """The autoencoder's tiles are of 32 pixels: an image of 64 has more than one."""
+    size = {"height": 64, "width": 64}
+    _, _, images, _ = previews(sdxl, 3, batch_size=1, call={"generator": drawn(), **size})
+    sdxl.pipe.vae.enable_tiling()
+    try:
+        _, result, tiled, _ = previews(sdxl, 3, batch_size=1, call={"generator": drawn(), **size})
+        _, _, together, _ = previews(sdxl, 3, batch_size=3, call={"generator": drawn(), **size})
+        assert close(tiled, together)
+        for noise, plain, image in zip(first_noises(result, 3), images, tiled, strict=True):
+            stock = sdxl(num_inference_steps=3, latents=noise, **size)
+            assert np.array_equal(levels(image[None])[0], rounded(first(stock)))
+            assert (plain - image).abs().max() > 0.1, "the tiles do nothing"
+    finally:
+        sdxl.pipe.vae.disable_tiling()
+
+
+def test_a_cache_sends_previews_one_by_one_and_refuses_a_race():
+    """It decides by the mean over a batch."""
     tiny = make("FLUX.1")
     ses_fast.enable(tiny.pipe)
     tiny.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1.0))
@@ -530,13 +578,15 @@ def ip_adapter(unet):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["SDXL", "FLUX.1"])
 @pytest.mark.parametrize("ours", [True, False], ids=["enable(compile=True)", "compile_repeated_blocks"])
-def test_compiled_blocks(ours):
-    tiny = make("SDXL")
+def test_compiled_blocks(family, ours):
+    tiny = make(family)
     stock = first(tiny(num_inference_steps=3, generator=drawn()))
     ses_fast.enable(tiny.pipe, compile=ours)
+    denoiser = tiny.pipe.unet if family == "SDXL" else tiny.pipe.transformer
     if not ours:
-        tiny.pipe.unet.compile_repeated_blocks(dynamic=False)
+        denoiser.compile_repeated_blocks(dynamic=False)
     _, result = search(tiny, 5, batch_size=2)
     assert result.seconds["compile"] > 1
     output, again = search(tiny, 5, batch_size=2)
@@ -544,7 +594,7 @@ def test_compiled_blocks(ours):
     output, _ = search(tiny, 1, batch_size=1)
     assert np.abs(first(output) - stock).max() < 1e-4
     ses_fast.disable(tiny.pipe)
-    assert ours == (not any(part._compiled_call_impl for part in tiny.pipe.unet.modules()))
+    assert ours == (not any(part._compiled_call_impl for part in denoiser.modules()))
 
 
 def test_a_copy_and_a_saved_pipeline(sdxl, tmp_path):

@@ -12,6 +12,8 @@ from ses_fast._torchvision import declare_torchvision_ops
 declare_torchvision_ops()
 
 from diffusers import (  # noqa: E402
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -21,16 +23,19 @@ from diffusers import (  # noqa: E402
     ChromaTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
+    ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -41,6 +46,7 @@ from diffusers import (  # noqa: E402
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -206,6 +212,14 @@ def sdxl_turbo() -> Tiny:
     return Tiny(made.pipe, made.call | {"guidance_scale": 0.0})
 
 
+def sdxl_controlnet() -> Tiny:
+    """SDXL with a picture that says where things are."""
+    base = sdxl()
+    controlnet = ControlNetModel.from_unet(base.pipe.unet, conditioning_embedding_out_channels=(8, 8))
+    pipe = StableDiffusionXLControlNetPipeline(**base.pipe.components, controlnet=controlnet, add_watermarker=False)
+    return Tiny(pipe, base.call | {"image": random_tensor(1, 3, SIZE, SIZE).sigmoid()})
+
+
 def sd3() -> Tiny:
     transformer = SD3Transformer2DModel(
         sample_size=16,
@@ -243,7 +257,7 @@ def flux() -> Tiny:
     return Tiny(pipe, prompts(1, 5, 32, guidance_scale=3.5, true_cfg_scale=2.0, **pooled(1, 16)))
 
 
-def flux2_klein() -> Tiny:
+def flux2_parts(**settings) -> dict:
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -254,7 +268,7 @@ def flux2_klein() -> Tiny:
         joint_attention_dim=16,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        **settings,
     )
     decoder = AutoencoderKLFlux2(
         block_out_channels=(8, 8),
@@ -265,9 +279,18 @@ def flux2_klein() -> Tiny:
         norm_num_groups=4,
         sample_size=SIZE,
     )
-    pipe = Flux2KleinPipeline(
-        scheduler=flow(use_dynamic_shifting=True), vae=decoder, transformer=transformer, is_distilled=False, **no_text()
-    )
+    return {"scheduler": flow(use_dynamic_shifting=True), "vae": decoder, "transformer": transformer, **no_text()}
+
+
+def flux2() -> Tiny:
+    """Guidance is a number that the model takes: there is no negative prompt."""
+    call = prompts(1, 5, 16, guidance_scale=4.0)
+    del call["negative_prompt_embeds"]
+    return Tiny(Flux2Pipeline(**flux2_parts(guidance_embeds=True)), call)
+
+
+def flux2_klein() -> Tiny:
+    pipe = Flux2KleinPipeline(**flux2_parts(guidance_embeds=False), is_distilled=False)
     return Tiny(pipe, prompts(1, 5, 16, guidance_scale=4.0))
 
 
@@ -316,7 +339,7 @@ def z_image() -> Tiny:
     return Tiny(pipe, call | {name: [call[name][0]] for name in ("prompt_embeds", "negative_prompt_embeds")})
 
 
-def pixart_sigma() -> Tiny:
+def pixart_sigma(kind: type = PixArtSigmaPipeline) -> Tiny:
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -328,7 +351,7 @@ def pixart_sigma() -> Tiny:
         caption_channels=16,
         use_additional_conditions=False,
     )
-    pipe = PixArtSigmaPipeline(vae=vae(), transformer=transformer, scheduler=DPMSolverMultistepScheduler(), **no_text())
+    pipe = kind(vae=vae(), transformer=transformer, scheduler=DPMSolverMultistepScheduler(), **no_text())
     return Tiny(pipe, prompts(1, 5, 16, guidance_scale=4.0, **masks(5), **NO_PROMPT))
 
 
@@ -443,6 +466,23 @@ def chroma() -> Tiny:
     return Tiny(pipe, prompts(1, 5, 32, guidance_scale=4.0, **masks(5, torch.bool)))
 
 
+def aura_flow() -> Tiny:
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pos_embed_max_size=256,
+    )
+    pipe = AuraFlowPipeline(vae=vae(), transformer=transformer, scheduler=flow(shift=1.73), **no_text())
+    return Tiny(pipe, prompts(1, 5, 16, guidance_scale=3.5, **masks(5)))
+
+
 MAKE = {
     "SDXL": sdxl,
     "SDXL-Turbo": sdxl_turbo,
@@ -458,6 +498,10 @@ MAKE = {
     "Wan": wan,
     "CogView4": cogview4,
     "Chroma": chroma,
+    "SDXL-ControlNet": sdxl_controlnet,
+    "FLUX.2": flux2,
+    "PixArt-Alpha": lambda: pixart_sigma(PixArtAlphaPipeline),
+    "AuraFlow": aura_flow,
 }
 
 

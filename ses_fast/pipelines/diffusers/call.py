@@ -5,7 +5,7 @@ The stock call makes every image: its own for the answer, and a `Driver`'s runs 
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from .scheduler import draws_noise
 # Arguments of the call that no preview depends on, or that a state holds in another form.
 NOT_OF_A_PREVIEW = frozenset({"prompt", "generator", "latents", "num_inference_steps", "output_type", "return_dict"})
 REFUSED = {
+    "caption_upsample_temperature": "it writes another prompt in every call, by chance: give the longer prompt itself",
     "denoising_end": "its image is not finished, so no reward can judge it",
     "denoising_start": "it goes on from an image, so no noise is searched",
 }
@@ -178,13 +179,13 @@ def suited(config: SESConfig, side: int, pixels: int) -> SESConfig:
 def check(given: Mapping[str, Any], steps: Any, config: Any) -> None:
     """Raises ValueError for what a call with SES cannot have, before any work."""
     for name in COUNTS:
-        if given.get(name, 1) not in (1, None):
+        if name in given and (type(given[name]) is not int or given[name] != 1):
             raise ValueError(f"SES makes one image a call, the best it finds: leave {name}={given[name]!r} out")
     for name, why in REFUSED.items():
         if given.get(name) is not None:
             raise ValueError(f"SES cannot go with {name}=: {why}")
     for name in ("timesteps", "sigmas"):
-        if given.get(name) is not None and len(given[name]) != steps:
+        if isinstance(given.get(name), Sized) and len(given[name]) != steps:
             raise ValueError(
                 f"{name}= is a schedule of {len(given[name])} steps, and previews have {steps}: give "
                 f"ses_inference_steps={len(given[name])}, or leave {name} out"
@@ -194,8 +195,12 @@ def check(given: Mapping[str, Any], steps: Any, config: Any) -> None:
         if "prompt" in name and len(rows) != 1:
             raise ValueError(f"SES needs one prompt: {name}= is of {len(rows)}")
     generator = given.get("generator")
-    if isinstance(generator, list | tuple) and len(generator) != 1:
+    if isinstance(generator, list) and len(generator) != 1:
         raise ValueError(f"SES makes one image a call: generator= is a list of {len(generator)}")
+    if not isinstance(one_generator(generator), torch.Generator | None):
+        raise ValueError(f"generator= must be a torch.Generator or a list of one, got {generator!r:.200}")
+    if not isinstance(given.get("latents"), Tensor | None):
+        raise ValueError(f"latents= must be a tensor, got {type(given['latents']).__name__}")
     if given.get("output_type") == "latent" and config is not None and getattr(config, "report_rewards", ()):
         raise ValueError('report_rewards judge pictures: leave output_type="latent" out')
     if given.get("latents") is not None and getattr(config, "latents", None) is not None:

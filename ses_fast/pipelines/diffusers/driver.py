@@ -205,7 +205,7 @@ def is_tensors(value: Any) -> bool:
 
 def one_generator(generator: Any) -> torch.Generator | None:
     """A call's `generator=`, which may be a list of one."""
-    return generator[0] if isinstance(generator, list | tuple) else generator
+    return generator[0] if isinstance(generator, list) else generator
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def renderers(
         )
     others: dict[str, Any] = {"num_inference_steps": request.steps}
     if not cheap.cfg:
-        others[family.guidance] = family.unguided
+        others |= family.without_guidance()
     if cheap.scale != 1:
         others |= {"height": setting.height // cheap.scale, "width": setting.width // cheap.scale}
     final = DiffusersRenderer(driver, family, all_frames=all_frames)
