@@ -49,6 +49,8 @@ def _chosen(figures: Mapping[str, Any]) -> str:
 
 
 def _apart(figures: Mapping[str, Any]) -> str:
+    if figures["settings"]["machine"]["rounds"] < 2:
+        return ""
     target = figures["settings"]["budgets"].index(figures["target"])
     methods = [each for halves in figures["tasks"].values() for each in halves["odd"]["methods"].values()]
     spreads = [each["budgets"][target].get("seconds apart") for each in methods]
