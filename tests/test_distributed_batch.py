@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import environment, free_port, returned, together
-from test_batch import EMBEDDED, PROMPTS, SMALL, command, leftovers, lines, pictures, toy_command
+from test_batch import PROMPTS, SMALL, TO_THE_BIT, command, leftovers, lines, pictures, toy_command
 from toy_batch import Forks, ToyPipeline, redness
 
 from ses_fast import batch, embedded, folder
@@ -376,13 +376,13 @@ def test_two_processes_killed_ten_times(forks, tmp_path):
     file, reference = tmp_path / "prompts.txt", tmp_path / "reference"
     file.write_text("\n".join(embedded.captions()[:20]))
     begin = time.monotonic()
-    assert forks.run(*command(file, reference, *EMBEDDED)) == 0
+    assert forks.run(*command(file, reference, *TO_THE_BIT)) == 0
     seconds, ids = time.monotonic() - begin, [line["id"] for line in lines(reference)]
     assert len(ids) == 20 and json.loads((reference / "batch.json").read_text())["pipeline"] == "EmbeddedPipeline"
     rng, killed, batches = random.Random(0), 0, 0
     while True:
         out, port = tmp_path / f"out{batches}", free_port()
-        arguments = command(file, out, *EMBEDDED)
+        arguments = command(file, out, *TO_THE_BIT)
         pids = [forks.start(*arguments, environment=environment(rank, 2, port)) for rank in range(2)]
         if killed < 10:
             time.sleep(rng.uniform(0, seconds / 5))
@@ -398,16 +398,15 @@ def test_two_processes_killed_ten_times(forks, tmp_path):
                 break
 
 
-# Of a population shared, previews go one by one: then the images are those of one process to the last bit.
 @pytest.mark.slow
-@pytest.mark.parametrize("shard, size", [("prompts", "auto"), ("population", 1)])
-def test_torchrun_killed_ten_times(shard, size, tmp_path):
+@pytest.mark.parametrize("shard", ["prompts", "population"])
+def test_torchrun_killed_ten_times(shard, tmp_path):
     """The embedded model and 20 prompts."""
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(embedded.captions()[:20]))
 
     def program(out):
-        return *COMMAND, *command(file, out, *EMBEDDED, "--batch-size", size, "--shard", shard)
+        return *COMMAND, *command(file, out, *TO_THE_BIT, "--shard", shard)
 
     assert set(kill_at_random(program, tmp_path, 10, shard)) == {"launcher", 0, 1}
     assert len(lines(tmp_path / "reference")) == 20
