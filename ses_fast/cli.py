@@ -101,7 +101,8 @@ def _batch(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def _work_through(results: Iterable[Any], out: Path, rank: int) -> None:
-    """Exits with code 1 where a prompt failed, the folder takes no more or a process is gone; with 130 after Ctrl-C.
+    """Exits with code 1 where a prompt failed, the folder takes no more or a process is gone; with 130 after Ctrl-C,
+    here or in another process: torchrun hands it to all, and one may hear of another's first.
 
     Of several processes the first one alone says what was done, and that a prompt failed: when one has an exit code,
     torchrun ends the others.
@@ -112,10 +113,10 @@ def _work_through(results: Iterable[Any], out: Path, rank: int) -> None:
 
     try:
         done = list(results)
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (CannotWrite, LostRank, RankFailed) as error:
+    except (KeyboardInterrupt, CannotWrite, LostRank, RankFailed) as error:
+        if KeyboardInterrupt.__name__ in (type(error).__name__, getattr(error, "kind", None)):
+            print("\nstopped: the same command goes on from here", file=sys.stderr)
+            raise SystemExit(130) from None
         print(f"ses-fast: error: {error}. The same command goes on from here", file=sys.stderr)
         raise SystemExit(1) from error
     stop()

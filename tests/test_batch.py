@@ -20,6 +20,7 @@ from toy_batch import Forks, ToyPipeline, redness, to_picture
 
 import ses_fast
 from ses_fast import SESConfig, batch, cli, folder, job, models, pipelines
+from ses_fast.distributed import RankFailed
 from ses_fast.folder import CannotWrite, Folder, Result
 
 PROMPTS = ["a red fox", "two grey cats in the snow", "a castle on a hill above the sea"]
@@ -689,17 +690,21 @@ def kill_at_random(forks, file, tmp_path, options, kills, seed):
 
 
 EMBEDDED = ("--steps", 2, "--width", 128, "--height", 128, "--batch-size", "auto")
+# Previews one at a time: in a batch a score may differ in its last bit from one run to another.
+TO_THE_BIT = (*EMBEDDED, "--batch-size", 1)
 
 
 def test_kills_at_random_moments(forks, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(ses_fast.embedded.captions()[:3]))
-    kill_at_random(forks, tmp_path / "prompts.txt", tmp_path, EMBEDDED, kills=3, seed=0)
+    kill_at_random(forks, tmp_path / "prompts.txt", tmp_path, TO_THE_BIT, kills=3, seed=0)
 
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments(forks, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(ses_fast.embedded.captions()[:20]))
-    kill_at_random(forks, tmp_path / "prompts.txt", tmp_path, EMBEDDED, kills=30, seed=1)
+    kill_at_random(forks, tmp_path / "prompts.txt", tmp_path, TO_THE_BIT, kills=30, seed=1)
+    reference = tmp_path / "reference"
+    assert len(lines(reference)) == 20 and json.loads((reference / "batch.json").read_text())["model"] == "embedded"
 
 
 # ---------------------------------------------------------------- the command
@@ -780,6 +785,21 @@ def test_ctrl_c(toy, tmp_path, monkeypatch, capsys, whole):
     assert ses_fast_batch(*options) == 0 and count == 15 + 6 + 10  # one generation of the second prompt was kept
     assert pictures(tmp_path / "out") == pictures(whole)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "kind, code, says",
+    [("KeyboardInterrupt", 130, "stopped: the same command"), ("ValueError", 1, "error: rank 1: ValueError: no. The")],
+)
+def test_what_another_process_has_stopped(kind, code, says, toy, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise RankFailed(1, kind, "no", kind == "KeyboardInterrupt")
+        yield
+
+    monkeypatch.setattr(batch, "run", stopped)
+    (tmp_path / "p.txt").write_text("a red fox")
+    assert ses_fast_batch(tmp_path / "p.txt", "--out", tmp_path / "out") == code
+    assert says in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_is_one_line(toy, tmp_path, monkeypatch, capsys):

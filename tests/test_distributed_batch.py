@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import environment, free_port, returned, together
-from test_batch import EMBEDDED, PROMPTS, SMALL, command, leftovers, lines, pictures, toy_command
+from test_batch import PROMPTS, SMALL, TO_THE_BIT, command, leftovers, lines, pictures, toy_command
 from toy_batch import Forks, ToyPipeline, redness
 
 from ses_fast import batch, embedded, folder
@@ -265,8 +265,10 @@ COMMAND = ("-m", "ses_fast", "batch")  # what a user types after torchrun
 TOYS = (Path(__file__).parent / "toy_batch.py",)  # the same with the toy
 
 
-def torchrun(size, *program, **options):
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={free_port()}"]
+def torchrun(size, *program, meet=None, **options):
+    """meet: what tells several launchers of each other; options: of Popen."""
+    meet = meet or [f"--master-port={free_port()}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", *meet]
     alone = {name: value for name, value in os.environ.items() if name not in environment(0, 0, 0)}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
     return subprocess.Popen([*launch, *map(str, program)], env=alone | {"OMP_NUM_THREADS": "1"}, **options)
@@ -287,6 +289,35 @@ def is_gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+@pytest.mark.slow
+def test_two_nodes(whole, tmp_path):
+    """Two launchers of one process each, which find each other by a rendezvous; the folder is on a disk of both."""
+    file, reference, ids = whole
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=1"]
+    nodes = [torchrun(1, *TOYS, *toy_command(file, tmp_path / "out"), meet=meet) for _ in range(2)]
+    assert [node.wait(PATIENCE) for node in nodes] == [0, 0]
+    assert (tmp_path / "out" / ".lock.1").exists()  # they were two processes of one batch
+    check_whole(tmp_path / "out", reference, ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["prompts", "population"])
+def test_ctrl_c_through_torchrun(shard, whole, tmp_path):
+    """All processes end, each says so in one line, and the same command goes on."""
+    file, reference, ids = whole
+    out, program = tmp_path / "out", (*TOYS, *toy_command(file, tmp_path / "out", "--shard", shard))
+    launcher = torchrun(2, *program, stderr=subprocess.PIPE, text=True)
+    until(lambda: launcher.poll() is not None or (out / "results.jsonl").exists())
+    pids = ranks_of(launcher)
+    launcher.send_signal(signal.SIGINT)
+    _, said = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode and said.count("\nstopped: the same command goes on from here\n") == len(pids) == 2
+    until(lambda: all(map(is_gone, pids.values())))
+    assert not (out / "summary.json").exists()
+    assert torchrun(2, *program).wait(PATIENCE) == 0
+    check_whole(out, reference, ids)
 
 
 PATIENCE = 600  # seconds: two processes load a model on one slow core
@@ -316,10 +347,11 @@ def kill_at_random(program, tmp_path, kills, seed):
         out = tmp_path / f"out{batches}"
         for lock in out.glob(".lock*"):  # nobody's any more; made again when the work begins
             lock.unlink()
+        done = (out / "summary.json").exists()  # a kill would no longer be of the work
         launcher = torchrun(2, *program(out))
         until(lambda: launcher.poll() is not None or (out / ".lock.1").exists())  # noqa: B023
         pids, killed = ranks_of(launcher) if launcher.poll() is None else {}, None
-        if len(whom) < kills and len(pids) == 2:
+        if len(whom) < kills and len(pids) == 2 and not done:
             time.sleep(rng.uniform(0, 2 * seconds / kills))
             killed = ("launcher", 0, 1)[len(whom) % 3]
             with suppress(ProcessLookupError):
@@ -337,16 +369,44 @@ def kill_at_random(program, tmp_path, kills, seed):
             assert killed is not None, "it ends by itself"
 
 
-# Of a population shared, previews go one by one: then the images are those of one process to the last bit.
 @pytest.mark.slow
-@pytest.mark.parametrize("shard, size", [("prompts", "auto"), ("population", 1)])
-def test_torchrun_killed_ten_times(shard, size, tmp_path):
+def test_two_processes_killed_ten_times(forks, tmp_path):
+    """The embedded model and 20 prompts. One is killed at a random moment of the work; then the other one is ended, as
+    torchrun does it."""
+    file, reference = tmp_path / "prompts.txt", tmp_path / "reference"
+    file.write_text("\n".join(embedded.captions()[:20]))
+    begin = time.monotonic()
+    assert forks.run(*command(file, reference, *TO_THE_BIT)) == 0
+    seconds, ids = time.monotonic() - begin, [line["id"] for line in lines(reference)]
+    assert len(ids) == 20 and json.loads((reference / "batch.json").read_text())["pipeline"] == "EmbeddedPipeline"
+    rng, killed, batches = random.Random(0), 0, 0
+    while True:
+        out, port = tmp_path / f"out{batches}", free_port()
+        arguments = command(file, out, *TO_THE_BIT)
+        pids = [forks.start(*arguments, environment=environment(rank, 2, port)) for rank in range(2)]
+        if killed < 10:
+            time.sleep(rng.uniform(0, seconds / 5))
+            os.kill(pids[rng.randrange(2)], signal.SIGKILL)
+            for pid in pids:  # which are not waited for, and so no one else's
+                os.kill(pid, signal.SIGTERM)
+        codes = [forks.wait(pid) for pid in pids]
+        killed += codes != [0, 0]
+        if codes == [0, 0]:
+            check_whole(out, reference, ids)
+            batches += 1
+            if killed == 10:
+                break
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["prompts", "population"])
+def test_torchrun_killed_ten_times(shard, tmp_path):
     """The embedded model and 20 prompts."""
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(embedded.captions()[:20]))
 
     def program(out):
-        return *COMMAND, *command(file, out, *EMBEDDED, "--batch-size", size, "--shard", shard)
+        return *COMMAND, *command(file, out, *TO_THE_BIT, "--shard", shard)
 
     assert set(kill_at_random(program, tmp_path, 10, shard)) == {"launcher", 0, 1}
     assert len(lines(tmp_path / "reference")) == 20
