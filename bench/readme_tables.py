@@ -224,8 +224,9 @@ def whole_comparison(comparisons: Results) -> str:
     if figures is None:
         return NOTHING
     place = figures.get("environment", {})
-    head = ", ".join(str(place[fact]) for fact in FACTS if place.get(fact))
-    return f"{head}.\n\n{demoted(tables.markdown(figures))}\n\n![reward over time]({PLOT})\n"
+    head = ", ".join(str(place[fact]) for fact in ("device", "date") if place.get(fact))
+    report = demoted(tables.markdown(figures).partition("\n\n")[2])  # without its title, which the page has
+    return f"{head}, commit {place.get('commit')}.\n\n{report}\n\n![reward over time]({PLOT})\n"
 
 
 def last_comparison(comparisons: Results) -> dict[str, Any] | None:

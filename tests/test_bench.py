@@ -377,8 +377,8 @@ def test_the_readmes_gains(compared):
     assert readme_tables.equal_cost([]).startswith("Not measured yet. A first look")
     assert readme_tables.whole_comparison([]) == readme_tables.by_others([]) == readme_tables.NOTHING
     whole = readme_tables.whole_comparison([compared])
-    assert "## Methods at equal cost" in whole and "### Task clip, odd prompts" in whole and "\n# " not in whole
-    assert whole.startswith("Some CPU, 2026-01-01, abc.\n") and readme_tables.PLOT in whole
+    assert "Methods at equal cost" not in whole and "### Task clip, odd prompts" in whole and "\n# " not in whole
+    assert whole.startswith("Some CPU, 2026-01-01, commit abc.\n\nmodel m") and readme_tables.PLOT in whole
     older = compared | {"environment": ABOUT | {"date": "2025-12-31", "device": "Z"}}
     assert "Some CPU" in readme_tables.equal_cost([compared, older])
 
