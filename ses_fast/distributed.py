@@ -211,9 +211,13 @@ class Group:
         """Each rank's value. Raises RankFailed where another one has an error; with one here the others are told."""
         failed = error is not None
         text = json.dumps(value if error is None else _in_words(error)).encode()
-        heads = [each.tolist() for each in self._gathered(torch.tensor([failed, len(text)]))]
-        longest = max(length for _, length in heads)
-        rows = self._gathered(torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8))
+        try:
+            heads = [each.tolist() for each in self._gathered(torch.tensor([failed, len(text)]))]
+            longest = max(length for _, length in heads)
+            rows = self._gathered(torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8))
+        except BaseException as stopped:  # Ctrl-C half-way: another exchange would meet the rest of this one
+            object.__setattr__(stopped, "ses_told", True)
+            raise
         texts = [bytes(row[:length].tolist()) for row, (_, length) in zip(rows, heads, strict=True)]
         values = [json.loads(text) for text in texts]
         if not failed:

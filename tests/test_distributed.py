@@ -426,6 +426,28 @@ def test_bad_arguments_on_one_rank_reach_the_other():
     assert first[2] == f"rank 1: ValueError: {other[2]}"
 
 
+def interrupted_half_way(ranks):
+    """Ctrl-C comes to rank 1 between the two parts of an exchange."""
+    if ranks.rank == 1:
+        gather, count = distributed.dist.all_gather, 0
+
+        def interrupted(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == 2:
+                raise KeyboardInterrupt
+            return gather(*args, **kwargs)
+
+        distributed.dist.all_gather = interrupted
+    with ranks.joined():
+        ranks.agree("a value")
+
+
+def test_ctrl_c_half_way_through_an_exchange_begins_no_other():
+    first, other = together(interrupted_half_way, 2, timeout=20)
+    assert first[:2] == ("raised", "LostRank") and other[:2] == ("raised", "KeyboardInterrupt")
+
+
 def dying(ranks, how):
     def objective(candidates):
         if ranks.rank == 1:

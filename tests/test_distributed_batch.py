@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import environment, free_port, returned, together
-from test_batch import PROMPTS, SMALL, TO_THE_BIT, command, leftovers, lines, pictures, toy_command
+from test_batch import EMBEDDED, PROMPTS, SMALL, command, leftovers, lines, pictures, toy_command
 from toy_batch import Forks, ToyPipeline, redness
 
 from ses_fast import batch, embedded, folder
 from ses_fast.folder import Folder, Result
 
 MANY = [f"{colour} {thing}" for colour in ("red", "green") for thing in ("foxes", "cats", "hills")]
+# Previews one at a time: a shared population's batches are smaller, and their scores then those of one process to
+# rounding alone. The last prompts that a kill has left are shared so.
+TO_THE_BIT = (*EMBEDDED, "--batch-size", 1)
 NAMES = {"batch.json", "results.jsonl", "summary.json", "index.html", "images", "searches"}
 
 
