@@ -153,7 +153,7 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
         for methods in tasks.values():
             row, share = methods[name]["budgets"][at], methods[name].get("share of the reference's time")
             cells += [interval(row["reward"]), beside(row.get(f"reward to {RANDOM.name}"))]
-            cells.append("" if share is None else "never" if share[0] is None else f"{share[0]:.2f} of its time")
+            cells.append("" if share is None else "not reached" if share[0] is None else f"{share[0]:.2f} of its time")
         rows.append(cells)
     about, place = settings["about"], figures.get("environment", {})
     counts = dict.fromkeys(str(len(halves["odd"]["prompts"])) for halves in figures["tasks"].values())
@@ -161,9 +161,30 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
         f"{place.get('device', '')}, {place.get('date', '')}: model {about['model']}, {about.get('steps', '?')} steps, "
         f"{figures['target']} evaluations; means over {' and '.join(counts)} prompts, [..] holds the truth with 95 %."
     )
-    said = [words, *tables.findings(figures), *map(recommended, calibrations[-1:])]
+    said = [words, *in_words(figures, at), *map(recommended, calibrations[-1:])]
     plot = f"![reward over time]({PLOT})"
     return "\n".join([*lines_of(columns, rows), "", *(f"- {each}" for each in said), "", plot]) + "\n"
+
+
+def in_words(figures: Mapping[str, Any], at: int) -> list[str]:
+    """A sentence a reward: how the documented call's default stands beside random noises and the reference."""
+    default, verdicts, said = figures["default"], {1: "above", 0: "as good as", -1: "below"}, []
+    names = {RANDOM.name: "random noises", REFERENCE.name: "`ses_search`"}
+    for task, halves in figures["tasks"].items():
+        methods = halves["odd"]["methods"]
+        apart = {name: tables.beside(methods, default, name, at) for name in names} if default else {}
+        known = {name: each for name, each in apart.items() if each is not None}
+        words = [
+            f"{verdicts[tables.sign_of(each)]} {names[name]} ({interval(each, True)})" for name, each in known.items()
+        ]
+        if not words:
+            continue
+        mine, theirs = (methods.get(name, {}).get("budgets", [{}] * (at + 1))[at] for name in (default, REFERENCE.name))
+        time = ""
+        if mine.get("seconds") and theirs.get("seconds"):
+            time = f", in {mine['seconds'] / theirs['seconds']:.2f} of the time of `ses_search`"
+        said.append(f"Searched with {task}, the default, `{default}`, is {' and '.join(words)}{time}.")
+    return said
 
 
 def recommended(report: str) -> str:

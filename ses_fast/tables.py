@@ -258,7 +258,7 @@ def _share(method: Mapping[str, Any], whose: str = "the reference's") -> str:
     if share is None:
         return "not measured"
     if share[0] is None:
-        return "never" if share[1] is None else f"never [{share[1]:.2f}, ...]"
+        return "not reached" if share[1] is None else f"not reached [{share[1]:.2f}, ...]"
     return _figure(share)
 
 

@@ -317,7 +317,7 @@ def test_differences_are_paired_and_times_are_shares():
     assert methods["ses"]["reached"] == {"budget": 30, "seconds": 6, "reward": [0, 0, 0]}
     assert methods["random"]["reached"] is None
     assert figures["chosen"] == "ses"
-    assert "**ses**" in tables.markdown(figures) and "never" in tables.markdown(figures)
+    assert "**ses**" in tables.markdown(figures) and "not reached" in tables.markdown(figures)
     assert figures["tasks"]["clip"]["odd"] == {"prompts": [], "methods": {}}
 
 
@@ -386,7 +386,7 @@ def test_what_a_part_gives_is_a_share_of_the_mixs_time_and_a_difference():
     assert found["mix - refine"]["share of the mix's time"] == [None, None, None]
     text = tables.markdown(figures)
     assert "| race (no race) | 10.00 | 0.06 [0.06, 0.06] | 1.00 [1.00, 1.00] | 3.50 [3.50, 3.50] | -0.50" in text
-    assert "| refine (no refinement) | 10.00 | never | never | 2.00" in text
+    assert "| refine (no refinement) | 10.00 | not reached | not reached | 2.00" in text
 
 
 def said(**rewards):
