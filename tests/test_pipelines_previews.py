@@ -179,7 +179,7 @@ def test_a_search_of_cheap_previews_goes_on_from_its_state(pipe, name, tmp_path)
     assert kept.score == result.score and kept.base_score == result.base_score and kept.forwards == again.forwards
     race = None if CHEAP[name].race else RACE.race
     for other in ({"scale": 3 - CHEAP[name].scale}, {"race": race}, {"cfg": not CHEAP[name].cfg}):
-        with pytest.raises(ValueError, match=f"its {next(iter(other))} was"):
+        with pytest.raises(ValueError, match=f"its preview.{next(iter(other))} was"):
             search(pipe, 12, call, preview=dataclasses.replace(CHEAP[name], **other), dwt_level=1, state=state)
 
 
