@@ -650,7 +650,12 @@ TARGETS = {
         lambda pipe, a: None,
         PIPE,
     ),
-    "disable": Target(ses_fast.disable, st.fixed_dictionaries({"pipe": st.builds(tiny)}), lambda pipe, a: None, PIPE),
+    "disable": Target(
+        ses_fast.disable,
+        st.fixed_dictionaries({"pipe": st.builds(lambda: ses_fast.enable(stock()))}),  # not the one of other targets
+        lambda pipe, a: None,
+        PIPE,
+    ),
     "from_pil": Target(
         scored_by_pictures,
         st.fixed_dictionaries({"function": st.just(brightness), "batched": st.booleans()}),

@@ -223,7 +223,7 @@ def test_the_scale_of_a_sum_of_rewards_belongs_to_the_state(pipe, tmp_path):
     assert pipe.ses_result.trace == whole.trace  # the members' raw scores too
     assert set(whole.trace[0].members) == set(whole.trace[-1].members) == {"b", "c"}
     heavier = WeightedReward({"b": brightness, "c": contrast}, {"b": 1.0, "c": 2.0})
-    with pytest.raises(ValueError, match="its c was 1.0, this call's is 2.0"):
+    with pytest.raises(ValueError, match="its reward.c was 1.0, this call's is 2.0"):
         call(pipe, 12, heavier, {"state": state})
 
 
