@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_truths
 from ..errors import missing_extra
 from ..scores import as_scores
 from .base import check_images
@@ -54,6 +55,7 @@ def from_pil(function: Callable[..., Any], batched: bool = True) -> PILReward:
         raise ValueError(f"from_pil takes a function of PIL images and a prompt, got {function!r}")
     if find_spec("PIL") is None:
         raise missing_extra("pillow", "rewards")
+    check_truths(batched=batched)
     return PILReward(function, batched)
 
 

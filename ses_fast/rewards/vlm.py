@@ -118,6 +118,8 @@ class VLMReward:
             if find_spec(module) is None:
                 raise missing_extra(package, "vlm")
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
+        if not isinstance(key, str | None):
+            raise ValueError(f"api_key: the API key must be a str, got {type(key).__name__}")
         # A server of one's own asks for no key, but the client for one. The key is checked here, because the error
         # of a header that cannot be sent would show it.
         object.__setattr__(self, "api_key", _checked_key(key) if key else "none")
@@ -312,9 +314,9 @@ def _finite(value: Any) -> bool:
 def _check_url(url: Any) -> None:
     """Raises ValueError for what is no server's address, without showing what may be a password."""
     try:
-        parts = urlsplit(url)
-        server = isinstance(url, str) and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except (ValueError, AttributeError, TypeError):  # a port that is no number, no string
+        parts = urlsplit(url if isinstance(url, str) else "")
+        server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
         server = False
     if isinstance(url, str) and "@" in url:
         raise ValueError("base_url must hold no user or password: give the server's key as api_key")
@@ -322,7 +324,9 @@ def _check_url(url: Any) -> None:
         raise ValueError(f'base_url must be the address of a server, as "http://localhost:8000/v1"; got {url!r}')
 
 
-def _checked_key(key: Any) -> str:
-    if not isinstance(key, str) or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError("the API key must be letters, digits and signs alone: it has a space, a line's end or another")
+def _checked_key(key: str) -> str:
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            "api_key: the API key must be letters, digits and signs alone: it has a space, a line's end or another"
+        )
     return key
