@@ -30,8 +30,6 @@ NOTES = (
     "The reward's own preprocessing counts as reward, not as overhead."
 )
 NOTHING = "Not measured yet.\n"
-SMALL_MODEL = "ses_fast/embedded/README.md#measured"
-FIRST_LOOK = f"Not measured yet. A first look, on 30 prompts, stands with [the small model]({SMALL_MODEL}).\n"
 PLOT = "docs/compare.png"  # of the last comparison
 FACTS = ("device", "date", "commit")
 # What a file of bench/results is called after -> what it holds.
@@ -141,7 +139,7 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
     """
     figures = last_comparison(comparisons)
     if figures is None:
-        return FIRST_LOOK
+        return NOTHING
     settings, at = figures["settings"], figures["settings"]["budgets"].index(figures["target"])
     tasks = {task: halves["odd"]["methods"] for task, halves in figures["tasks"].items() if halves["odd"]["methods"]}
     columns = ["noise found by", f"seconds ({' / '.join(tasks)})"]
@@ -168,22 +166,23 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
 
 def in_words(figures: Mapping[str, Any], at: int) -> list[str]:
     """A sentence a reward: how the documented call's default stands beside random noises and the reference."""
-    default, verdicts, said = figures["default"], {1: "above", 0: "as good as", -1: "below"}, []
+    default, said = figures["default"], []
+    verdicts = {1: "above", 0: "not told apart from", -1: "below"}
     names = {RANDOM.name: "random noises", REFERENCE.name: "`ses_search`"}
     for task, halves in figures["tasks"].items():
         methods = halves["odd"]["methods"]
-        apart = {name: tables.beside(methods, default, name, at) for name in names} if default else {}
-        known = {name: each for name, each in apart.items() if each is not None}
-        words = [
-            f"{verdicts[tables.sign_of(each)]} {names[name]} ({interval(each, True)})" for name, each in known.items()
-        ]
-        if not words:
+        if default not in methods:
             continue
-        mine, theirs = (methods.get(name, {}).get("budgets", [{}] * (at + 1))[at] for name in (default, REFERENCE.name))
+        apart = {words: tables.beside(methods, default, name, at) for name, words in names.items()}
+        stands = [f"{verdicts[tables.sign_of(x)]} {words} ({interval(x, True)})" for words, x in apart.items() if x]
+        if not stands:
+            continue
+        mine, theirs = (methods.get(name, {}).get("budgets") for name in (default, REFERENCE.name))
+        seconds = [each[at].get("seconds") for each in (mine, theirs) if each]
         time = ""
-        if mine.get("seconds") and theirs.get("seconds"):
-            time = f", in {mine['seconds'] / theirs['seconds']:.2f} of the time of `ses_search`"
-        said.append(f"Searched with {task}, the default, `{default}`, is {' and '.join(words)}{time}.")
+        if len(seconds) == 2 and all(seconds):
+            time = f", in {seconds[0] / seconds[1]:.2f} of the time of `ses_search`"
+        said.append(f"Searched with {task}, the default, `{default}`, is {' and '.join(stands)}{time}.")
     return said
 
 
@@ -234,9 +233,8 @@ def beside(apart: Sequence[float | None] | None, none: str = "as good") -> str:
     if apart is None:
         return ""
     _, low, high = apart
-    return interval(apart, signed=True) + (
-        f": {none}" if low is not None and high is not None and low <= 0 <= high else ""
-    )
+    mark = f": {none}" if low is not None and high is not None and low <= 0 <= high else ""
+    return interval(apart, signed=True) + mark
 
 
 def whole_comparison(comparisons: Results) -> str:

@@ -62,6 +62,7 @@ def from_pil(function: Callable[..., Any], batched: bool = True) -> PILReward:
 def to_pil(
     images: Tensor,  # [n, 3, H, W] in [-1, 1]
 ) -> "list[Image]":  # n, RGB, of W x H
+    """The pictures as DiffSynth's pipeline makes them (`vae_output_to_image`): levels are cut, not rounded."""
     from PIL import Image
 
     levels = ((images.detach() + 1) * 127.5).clip(0, 255).to(device="cpu", dtype=torch.uint8)
