@@ -236,6 +236,26 @@ def test_a_cpu_that_only_imitates_bf16_trains_in_fp32(monkeypatch, capability, d
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
+def test_muon_is_the_same_optimiser_where_bf16_is_only_imitated(monkeypatch):
+    cpu = torch.device("cpu")
+    steps, dtypes = {}, {}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        weight = torch.nn.Parameter(torch.zeros(48, 32))
+        weight.grad = torch.randn(48, 32, generator=torch.Generator().manual_seed(5))
+        gradient = weight.grad.clone()
+        optimiser = torch.optim.Muon([weight], 1.0, 0.0, adjust_lr_fn="match_rms_adamw")
+        with train._newton_schulz_precision(cpu):
+            dtypes[capability] = weight.bfloat16().dtype
+            optimiser.step()
+        steps[capability] = weight.detach()
+        assert torch.equal(weight.grad, gradient)
+    assert dtypes == {"AVX2": torch.float32, "AVX512": torch.bfloat16}
+    assert torch.ones(1).bfloat16().dtype == torch.bfloat16, "in the step alone"
+    difference = (steps["AVX2"] - steps["AVX512"]).norm() / steps["AVX512"].norm()
+    assert 0 < difference < 0.02
+
+
 def test_data_of_other_inputs_is_refused(tmp_path):
     note = tmp_path / "latents128.json"
     assert not train._is_kept(note, {"seed": 3})

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from . import models, world
@@ -116,8 +118,9 @@ def fit(name: str, module: Any, loss_of: Callable[[int], tuple[Tensor, dict]], r
         module.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for each in (*optimisers, *schedules):
-            each.step()
+        with _newton_schulz_precision(device):
+            for each in (*optimisers, *schedules):
+                each.step()
         average.update_parameters(module)
         running.append({"loss": loss.item(), **figures})
         last = step + 1 == settings.steps
@@ -139,10 +142,25 @@ def fit(name: str, module: Any, loss_of: Callable[[int], tuple[Tensor, dict]], r
     return module.eval()
 
 
+def _multiplies_bf16(device: torch.device) -> bool:
+    """A CPU without AVX512 only imitates it, and is eight times as slow."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _precision(device: torch.device) -> torch.autocast:
-    """bf16 where the device multiplies in it; a CPU without AVX512 only imitates it, and is eight times as slow."""
-    native = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bf16(device))
+
+
+def _newton_schulz_precision(device: torch.device) -> Any:
+    """torch's Muon casts to bf16 whatever the device; where that is only imitated, fp32 is twenty times as quick."""
+    return nullcontext() if _multiplies_bf16(device) else _Float32ForBFloat16()
+
+
+class _Float32ForBFloat16(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)  # a copy, as the cast makes: Muon goes on in place
+        return func(*args, **(kwargs or {}))
 
 
 def _optimisers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
