@@ -67,9 +67,7 @@ CONTROLS = (
     Method("zero-order", "neighbours of the best at one distance", strategy="zero_order"),
 )
 
-BEST = "two_stage"  # the strategy of those with cheap previews
-STRATEGY = Method(BEST, f"strategy {BEST}", strategy=BEST)
-_KNOWN = {"ses", "random", "high_band", "zero_order", BEST}
+_KNOWN = {"ses", "random", "high_band", "zero_order"}
 OTHERS = tuple(Method(name, f"strategy {name}", strategy=name) for name in STRATEGIES if name not in _KNOWN)
 
 # Best of N with cheap drafts and refinement: the scheme of Flash-BoN (arXiv 2607.04461) with what is here.
@@ -83,25 +81,19 @@ DRAFTS = (
         preview=Preview(refine=3),
     ),
 )
+# The default's own search with cheaper previews: of one kind, of several, and of those with one left out.
 CHEAP = (
-    replace(STRATEGY, name="+ race", what=f"{BEST}, raced", preview=Preview(race="auto")),
-    replace(STRATEGY, name="+ scale", what=f"{BEST}, half the size, the best 3 in full", preview=Preview(2, refine=3)),
-    replace(
-        STRATEGY,
-        name="+ refine",
-        what=f"{BEST}, half the steps, the best 3 in full",
-        steps=0.5,
-        preview=Preview(refine=3),
-    ),
-    replace(STRATEGY, name="+ no guidance", what=f"{BEST}, previews without guidance", preview=Preview(cfg=False)),
+    replace(SES, name="+ race", what="ses, raced", preview=Preview(race="auto")),
+    replace(SES, name="+ scale", what="ses, half the size, the best 3 in full", preview=Preview(2, refine=3)),
+    replace(SES, name="+ refine", what="ses, half the steps, the best 3 in full", steps=0.5, preview=Preview(refine=3)),
+    replace(SES, name="+ no guidance", what="ses, previews without guidance", preview=Preview(cfg=False)),
 )
 MIX = replace(
-    STRATEGY, name="mix", what=f"{BEST}, half the size, raced, the best 3 in full", preview=Preview(2, "auto", refine=3)
+    SES, name="mix", what="ses, half the size, raced, the best 3 in full", preview=Preview(2, "auto", refine=3)
 )
-# The mix without one of its parts.
 PARTS = {
     "batches and linears": replace(MIX, name="mix - batches", what="one by one", batch_size=1, scores_of="mix"),
-    "strategy": replace(MIX, name="mix - strategy", what="the reference's strategy", strategy="ses"),
+    "strategy": replace(MIX, name="mix - strategy", what="whole noises at random", strategy="random"),
     "race": replace(MIX, name="mix - race", what="no race", preview=Preview(2, refine=3)),
     "scale": replace(MIX, name="mix - scale", what="full size", preview=Preview(race="auto", refine=3)),
     "refine": replace(MIX, name="mix - refine", what="no refinement", preview=Preview(2, "auto")),
@@ -109,15 +101,15 @@ PARTS = {
 
 METHODS = {
     method.name: method
-    for method in (NOTHING, REFERENCE, RANDOM, SES, *CONTROLS, STRATEGY, *OTHERS, *DRAFTS, *CHEAP, MIX, *PARTS.values())
+    for method in (NOTHING, REFERENCE, RANDOM, SES, *CONTROLS, *OTHERS, *DRAFTS, *CHEAP, MIX, *PARTS.values())
 }
 BASIS = (NOTHING, REFERENCE, RANDOM, SES)
 # Names that stand for several.
 GROUPS = {
-    "usual": (*BASIS, *CONTROLS, STRATEGY, METHODS["best_both"], METHODS["pcn"], *DRAFTS, *CHEAP, MIX),
-    "strategies": (*BASIS, *CONTROLS, STRATEGY, *OTHERS),
+    "usual": (*BASIS, *CONTROLS, *(METHODS[name] for name in ("two_stage", "best_both", "pcn")), *DRAFTS, *CHEAP, MIX),
+    "strategies": (*BASIS, *CONTROLS, *OTHERS),
     "parts": (*BASIS, MIX, *PARTS.values()),
-    "quick": (*BASIS, STRATEGY, METHODS["best of N raced"], MIX),
+    "quick": (*BASIS, METHODS["two_stage"], METHODS["best of N raced"], MIX),
     "all": tuple(METHODS.values()),
 }
 

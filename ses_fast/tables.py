@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .methods import CONTROLS, METHODS, MIX, NOTHING, PARTS, RANDOM, REFERENCE, SES, STRATEGY
+from .methods import CONTROLS, METHODS, MIX, NOTHING, PARTS, RANDOM, REFERENCE, SES
 from .summary import HALVES, KINDS
 
 CEM = CONTROLS[0].name  # of the whole noise
@@ -163,7 +163,7 @@ def _by_rewards(figures: Mapping[str, Any]) -> list[str]:
     target = budgets.index(figures["target"])
     names = [*(task for task in tasks if "+" not in task), *KINDS[1:]]
     lines = []
-    for method in (RANDOM.name, SES.name, STRATEGY.name, MIX.name):
+    for method in (RANDOM.name, SES.name, "two_stage", MIX.name):
         for task, halves in tasks.items():
             if method not in halves["odd"]["methods"] or NOTHING.name not in halves["odd"]["methods"]:
                 continue

@@ -127,7 +127,7 @@ def test_a_comparison_goes_on_where_it_stopped(studio, plan, tmp_path, monkeypat
 
 def test_what_methods_and_tasks_share_changes_no_figure(studio, monkeypatch):
     both = Studio(studio.pipe, {"brightness": brightness, "redness": redness}, steps=3, arguments=SIZE)
-    methods = ("no search", "reference", "random", "two_stage", "+ race", "mix")
+    methods = ("no search", "reference", "random", "ses", "+ race", "mix")
     plan = compare.Plan((PROMPT,), ("brightness", "redness"), (10, 12), methods=methods)
     with forward_sizes(both.pipe) as shared:
         lines = compare.measured(both, plan, (), 0, plan.tasks)
@@ -184,13 +184,13 @@ def test_previews_without_guidance_are_compared_where_the_call_guides(studio, tm
     guided = Studio(
         studio.pipe, studio.rewards, steps=2, arguments=SIZE | {"cfg_scale": 3.0, "negative_prompt": "dark"}
     )
-    plan = compare.Plan((PROMPT,), ("brightness",), (10,), methods=("two_stage", "+ no guidance"))
+    plan = compare.Plan((PROMPT,), ("brightness",), (10,), methods=("ses", "+ no guidance"))
     figures = compare.run(lambda: guided, plan, tmp_path / "guided", rounds=1)
     methods = figures["tasks"]["brightness"]["even"]["methods"]
-    assert methods["two_stage"]["budgets"][0]["forwards"] == 10 * 2 * 2 + 2 * 2
+    assert methods["ses"]["budgets"][0]["forwards"] == 10 * 2 * 2 + 2 * 2
     assert methods["+ no guidance"]["budgets"][0]["forwards"] == 10 * 2 + 2 * 2
     figures = compare.run(lambda: studio, plan, tmp_path / "plain", rounds=1)
-    assert list(figures["tasks"]["brightness"]["even"]["methods"]) == ["two_stage"]
+    assert list(figures["tasks"]["brightness"]["even"]["methods"]) == ["ses"]
     assert "no guidance to leave out" in figures["refused"]["+ no guidance"]
 
 
