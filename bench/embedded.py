@@ -280,6 +280,7 @@ def main() -> None:
     parts = set(arguments.parts or PARTS)
     jobs = list(enumerate(embedded.captions()[: arguments.captions]))
     figures: dict = {"environment": environment(), "captions": len(jobs), "steps": STEPS, "size": SIZE}
+    figures["weights"] = embedded.weights_digest()
     begin = time.perf_counter()
     if "speed" in parts:
         figures["speed"] = measure_speed(jobs[0][1])

@@ -19,6 +19,7 @@ from bench.end_to_end import MODELS, ROWS
 from bench.ops import RESULTS, result_path
 from bench.table import lines_of
 from ses_fast import summary, tables
+from ses_fast.embedded import weights_digest
 from ses_fast.methods import NOTHING as UNSEARCHED
 from ses_fast.methods import RANDOM, REFERENCE
 
@@ -120,6 +121,13 @@ def measured(results: Results) -> dict[str, Any] | None:
     return max(results, key=lambda each: each["environment"]["date"], default=None)
 
 
+def of_other_weights(digest: str | None, model: str = "embedded") -> str:
+    """A warning where figures of the embedded model are not of the weights in the package."""
+    if model != "embedded" or digest == weights_digest():
+        return ""
+    return ". **Measured with earlier weights of the small model**, not with those in the package"
+
+
 def gains_and_headroom(results: Results) -> str:
     """Both tables, and what they were measured on."""
     figures = measured(results)
@@ -128,7 +136,7 @@ def gains_and_headroom(results: Results) -> str:
     about = figures["environment"]
     head = (
         f"{about['device']}, {about['date']}, commit {about['commit']}; {figures['captions']} captions, "
-        f"{figures['seconds']:.0f} seconds."
+        f"{figures['seconds']:.0f} seconds{of_other_weights(figures.get('weights'))}."
     )
     return f"{head}\n\n{embedded.to_markdown(figures)}\n"
 
@@ -157,7 +165,8 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
     counts = dict.fromkeys(str(len(halves["odd"]["prompts"])) for halves in figures["tasks"].values())
     words = (
         f"{place.get('device', '')}, {place.get('date', '')}: model {about['model']}, {about.get('steps', '?')} steps, "
-        f"{figures['target']} evaluations; means over {' and '.join(counts)} prompts, [..] holds the truth with 95 %."
+        f"{figures['target']} evaluations; means over {' and '.join(counts)} prompts, [..] holds the truth with 95 %"
+        f"{of_other_weights(about.get('weights'), about['model'])}."
     )
     said = [words, *in_words(figures, at), *map(recommended, calibrations[-1:])]
     plot = f"![reward over time]({PLOT})"
@@ -213,6 +222,8 @@ def by_others(comparisons: Results) -> str:
     figures = last_comparison(comparisons)
     if figures is None:
         return NOTHING
+    about = figures["settings"]["about"]
+    old = of_other_weights(about.get("weights"), about["model"]).removeprefix(". ")
     columns = ("searched with", "noise found by", "gain by that reward", "by a held-out one", "right images")
     at, rows = figures["settings"]["budgets"].index(figures["target"]), []
     for task, halves in figures["tasks"].items():
@@ -220,7 +231,7 @@ def by_others(comparisons: Results) -> str:
             row = halves["odd"]["methods"][name]["budgets"][at]
             gains = [beside(row.get(f"{kind} to {UNSEARCHED.name}"), none="maybe none") for kind in summary.KINDS]
             rows.append([task, title(name), *gains])
-    return "\n".join(lines_of(columns, rows)) + "\n"
+    return "\n".join([*lines_of(columns, rows), *(["", f"{old}."] if old else [])]) + "\n"
 
 
 def interval(figures: Sequence[float | None], signed: bool = False) -> str:
@@ -245,7 +256,9 @@ def whole_comparison(comparisons: Results) -> str:
     place = figures.get("environment", {})
     head = ", ".join(str(place[fact]) for fact in ("device", "date") if place.get(fact))
     report = demoted(tables.markdown(figures).partition("\n\n")[2])  # without its title, which the page has
-    return f"{head}, commit {place.get('commit')}.\n\n{report}\n\n![reward over time]({PLOT})\n"
+    about = figures["settings"]["about"]
+    head += f", commit {place.get('commit')}{of_other_weights(about.get('weights'), about['model'])}."
+    return f"{head}\n\n{report}\n\n![reward over time]({PLOT})\n"
 
 
 def last_comparison(comparisons: Results) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -198,10 +197,7 @@ def _about(model: str, steps: int, size: Mapping[str, int]) -> dict[str, Any]:
     """What figures are of. The embedded model's weights are told apart, since they are trained anew."""
     about = {"model": model, "steps": steps, **size, "ses-fast": __version__}
     if model == "embedded":
-        from .embedded import WEIGHTS
+        from .embedded import weights_digest
 
-        digest = hashlib.sha256()
-        for path in sorted(WEIGHTS.rglob("*.safetensors")):
-            digest.update(path.read_bytes())
-        about["weights"] = digest.hexdigest()[:12]
+        about["weights"] = weights_digest()
     return about

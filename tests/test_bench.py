@@ -364,6 +364,18 @@ def compared():
     return comparison() | {"environment": ABOUT}
 
 
+def test_figures_of_earlier_weights_say_so(compared):
+    from ses_fast.embedded import weights_digest
+
+    warning = "Measured with earlier weights"
+    tables = (readme_tables.equal_cost, readme_tables.whole_comparison, readme_tables.by_others)
+    for digest, warned in ((weights_digest(), False), ("0123456789ab", True), (None, True)):
+        compared["settings"]["about"] |= {"model": "embedded", "weights": digest}
+        assert [warning in table([compared]) for table in tables] == [warned] * 3
+    compared["settings"]["about"]["model"] = "z-image-turbo"
+    assert not any(warning in table([compared]) for table in tables)
+
+
 def test_the_readmes_gains(compared):
     text = readme_tables.equal_cost([compared])
     assert "| `ses_search` (reference) | 20.0 | 1.00 [1.00, 1.00] | -0.50 [-0.50, -0.50] | 1.00 of its time |" in text

@@ -3,6 +3,7 @@
 See README.md beside this file for its world, and for what was measured of it.
 """
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["captions", "judge", "load_pipeline", "load_reward"]
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def weights_digest() -> str:
+    """Twelve digits by which a figure says which weights it is of: they are trained anew now and then."""
+    digest = hashlib.sha256()
+    for path in sorted(WEIGHTS.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def captions(heldout: bool = True) -> list[str]:
