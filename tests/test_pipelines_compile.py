@@ -81,7 +81,7 @@ def test_no_new_graph_after_the_first_call_whatever_the_prompt(family):
     assert pipe.ses_result.seconds["compile"] == 0
 
 
-@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("family", [f if f in ("Z-Image", "FLUX.1") else pytest.param(f, marks=slow) for f in MAKE])
 def test_only_the_prompt_has_a_length_that_may_change(family):
     dynamic = set()  # how many different dynamic sizes each graph has
 
@@ -212,7 +212,10 @@ LIMITED = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 @pytest.mark.parametrize(
     "torch_is",
-    [pytest.param("this", marks=pytest.mark.skipif(not LIMITED, reason="torch.compile has no limit")), "2.11"],
+    [
+        pytest.param("this", marks=pytest.mark.skipif(not LIMITED, reason="torch.compile has no limit")),
+        pytest.param("2.11", marks=slow),
+    ],
 )
 def test_many_sizes_stay_within_the_limit(torch_is, monkeypatch):
     if torch_is == "2.11":
@@ -257,7 +260,7 @@ def previews(pipe, budget, batch_size=4, **settings):
         pytest.param(4, 9, {4}, id="a batch above a generation"),
     ],
 )
-@pytest.mark.parametrize("family", [f if f in ("Z-Image", "Qwen-Image") else pytest.param(f, marks=slow) for f in MAKE])
+@pytest.mark.parametrize("family", [f if f == "Z-Image" else pytest.param(f, marks=slow) for f in MAKE])
 def test_every_batch_is_as_long_as_the_first(family, budget, batch_size, rows):
     plain, _ = previews(ses_fast.enable(MAKE[family]()), budget, batch_size)
     found, together = previews(traced(family), budget, batch_size)

@@ -108,7 +108,7 @@ def test_together_equals_one_by_one(pipe, family, call, cfg):
     close(alone, together)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f == "Z-Image" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_together_in_bf16(family):
     pipe = ses_fast.enable(MAKE[family](torch.bfloat16))
     stock = pixels(pipe(**BASE | GUIDED))

@@ -231,14 +231,16 @@ def z_omni(pipe):
 ALONE, TOGETHER, BOTH = 1, 3, 6  # images in a forward, where three may go together; BOTH: with the negative side
 
 
-def option(family, name, option, images, *, model=None, setting=None):
-    return pytest.param(family, model, option, setting or {}, images, id=f"{family}: {name}")
+def option(family, name, option, images, *, model=None, setting=None, slow=None):
+    slow = family == "FLUX.2-dev" if slow is None else slow  # whose options "klein" has too
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(family, model, option, setting or {}, images, id=f"{family}: {name}", marks=marks)
 
 
 def options(family, name, call, images=ALONE, *, model=None):
-    """Without CFG and with it."""
+    """Without CFG, which is one side of what the other one does, and with it."""
     return [
-        option(family, name, call, images, model=model),
+        option(family, name, call, images, model=model, slow=True),
         option(family, f"{name}, CFG", call, images, model=model, setting=GUIDED),
     ]
 
@@ -435,7 +437,7 @@ OPTIONS = [
             option(family, "initial_noise, CFG", {"initial_noise": NOISE}, BOTH, setting=GUIDED),
         ]
     ),
-    option("FLUX.2-dev", "embedded guidance, CFG", {"embedded_guidance": 1.0}, BOTH, setting=GUIDED),
+    option("FLUX.2-dev", "embedded guidance, CFG", {"embedded_guidance": 1.0}, BOTH, setting=GUIDED, slow=False),
 ]
 _pipes = {}
 
