@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from test_diffusers import drawn
+from test_diffusers import close, drawn, previews
 from tiny_diffusers import BETAS, make, search
 
 import ses_fast
@@ -76,6 +76,25 @@ def test_a_candidate_is_the_stock_calls_alone_together_and_in_parts(tiny, name, 
     if not races:
         with pytest.raises(ValueError, match=f"race.* and {name} does not say which they are"):
             search(tiny, 3, call=call, preview=Preview(race="auto"))
+
+
+def test_memory_that_runs_out_in_a_race_changes_no_preview(tiny, monkeypatch):
+    """The eight that begin fit, of those that go on two: with noise inside, whose stream the failed try had moved."""
+    tiny.pipe.scheduler = diffusers.TCDScheduler.from_config(BETAS)
+    settings = {"steps": STEPS, "popsize": 8, "preview": Preview(race=((0.9, 0.5),)), "call": {"eta": 0.7}}
+    _, _, images, stopped = previews(tiny, 8, batch_size=1, **settings)
+    forward, tried = tiny.pipe.unet.forward, []
+
+    def scarce(sample, *args, **inputs):
+        tried.append(len(sample))
+        if 4 < tried[-1] != 16:  # the two sides of guidance go together
+            raise torch.OutOfMemoryError("no room")
+        return forward(sample, *args, **inputs)
+
+    monkeypatch.setattr(tiny.pipe.unet, "forward", scarce)
+    _, _, others, again = previews(tiny, 8, batch_size="auto", **settings)
+    assert set(tried) - {2} == {16, 8, 4} and 0 < stopped.count_nonzero() < 8
+    assert torch.equal(stopped, again) and close(images, others)
 
 
 @pytest.mark.parametrize("name", ["Heun", "KDPM2", "KDPM2Ancestral", "LMS"])
