@@ -11,7 +11,7 @@ from ses_fast import Preview
 from ses_fast.pipelines.diffusers.driver import Driver
 from ses_fast.pipelines.diffusers.family import family_of
 from ses_fast.pipelines.diffusers.renderer import DiffusersRenderer
-from ses_fast.pipelines.diffusers.scheduler import draws_noise, noise_levels
+from ses_fast.pipelines.diffusers.scheduler import draws_noise, noise_levels, window_on
 
 ROUNDING = 1e-5  # of the largest latent, fp32
 STEPS = 4  # the fewest that PNDM makes with its Runge-Kutta steps
@@ -70,6 +70,8 @@ def test_a_candidate_is_the_stock_calls_alone_together_and_in_parts(tiny, name, 
         second = renderer.advance(first, renderer.steps // 2).rows(torch.tensor([1, 0]))
         raced = renderer.advance(second, renderer.steps)
         assert (raced.latents - stock[[0, 2]]).abs().max() < allowed
+        # A batch that did not fit is tried again; PNDM adds to what it keeps.
+        assert torch.equal(renderer.advance(second, renderer.steps).latents, raced.latents)
         assert (renderer.sigmas is not None) == races
         assert (second.clean is not None) == races
 
@@ -117,3 +119,11 @@ def test_a_schedule_that_begins_with_noise_alone_begins_at_one():
     assert scheduler.alphas_cumprod[scheduler.timesteps[0]] == 0
     levels = noise_levels(scheduler)
     assert levels[0] == 1 and levels == sorted(levels, reverse=True)
+
+
+def test_a_window_leaves_the_pipelines_scheduler_alone():
+    scheduler = diffusers.DDIMScheduler(**BETAS)
+    scheduler.set_timesteps(3)
+    kept = scheduler.timesteps.clone()
+    window_on(scheduler, 0, 2).set_timesteps(5)
+    assert torch.equal(scheduler.timesteps, kept)
