@@ -450,6 +450,16 @@ def test_the_inventory_says_what_was_never_measured(compared):
     assert "on a GPU" not in more and "compare`" not in more.splitlines()[-1] and "| Some CPU |" in more
 
 
+def test_the_inventory_is_of_every_kept_file(tmp_path, monkeypatch):
+    (tmp_path / "a-bench.json").write_text('{"environment": {}}')
+    (tmp_path / "a-bench.md").write_text("its page")
+    (tmp_path / "b-calibrate.md").write_text("# Title\n\nMeasured on Some CPU, 2026-01-01, commit abc.\n\ntext\n")
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    place = {"device": "Some CPU", "date": "2026-01-01", "commit": "abc"}
+    expected = {"a-bench.json": {"environment": {}}, "a-bench.md": None, "b-calibrate.md": {"environment": place}}
+    assert readme_tables.every_file() == expected
+
+
 def test_reports_and_floors():
     assert readme_tables.reports(["# A\n\ntext\n"]) == "## A\n\ntext\n" and "Not measured" in readme_tables.reports([])
     assert readme_tables.floors([]) == readme_tables.NOTHING

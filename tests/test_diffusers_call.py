@@ -1,6 +1,7 @@
 """diffusers' own conventions on an enabled pipeline, its schedulers, and known traps."""
 
 import copy
+import functools
 import itertools
 import logging
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ses_fast.pipelines.diffusers import call as diffusers_call
 from ses_fast.pipelines.diffusers.call import suited
 from ses_fast.pipelines.diffusers.driver import Driver
 from ses_fast.pipelines.diffusers.family import FAMILIES
+from ses_fast.pipelines.diffusers.memory import Memory
 from ses_fast.pipelines.diffusers.pictures import at_levels, of_output
 from ses_fast.pipelines.diffusers.scheduler import foreseen, noise_levels, window_on
 from ses_fast.rewards.pil import from_pil
@@ -368,6 +370,46 @@ def test_a_race_is_refused_where_an_argument_counts_the_steps(family, call):
         search(tiny, 3, call=call, preview=Preview(race="auto"))
     output, result = search(tiny, 1, call=call)
     assert np.array_equal(first(output), first(tiny(num_inference_steps=3, generator=drawn(), **call)))
+
+
+def test_half_the_size_is_refused_where_its_noise_is_not_half(flux):
+    with pytest.raises(ValueError, match=r"of 36x36 its noise is .*, of half that"):
+        search(flux, 3, call={"height": 36, "width": 36}, preview=Preview(scale=2))
+
+
+def test_a_call_that_draws_its_noise_twice_is_refused(sdxl, monkeypatch):
+    own = sdxl.pipe.prepare_latents
+
+    @functools.wraps(own)
+    def twice(*args, **kwargs):
+        own(*args, **kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setitem(vars(sdxl.pipe), "prepare_latents", twice)
+    with pytest.raises(ValueError, match="XLPipeline's draws it otherwise"):
+        search(sdxl, 3)
+    assert vars(sdxl.pipe)["prepare_latents"] is twice
+
+
+def test_an_earlier_calls_result_goes(sdxl):
+    assert search(sdxl, 1)[1] is not None
+    assert search(sdxl, 0)[1] is None
+
+
+def test_an_answer_from_memory_is_the_pipelines_to_change():
+    memory = Memory(lambda prompt: [torch.ones(1)])
+    memory("a").append(torch.zeros(1))
+    assert memory("a") == [torch.ones(1)]
+
+
+def test_a_clean_up_that_fails_too_hides_no_error(sdxl, monkeypatch):
+    def fails():
+        raise RuntimeError("no device")
+
+    monkeypatch.setitem(vars(sdxl.pipe), "maybe_free_model_hooks", fails)
+    with pytest.raises(ZeroDivisionError) as caught:
+        search(sdxl, 3, reward=lambda images, prompt: 1 / 0)
+    assert any("clean-up" in note and "no device" in note for note in caught.value.__notes__)
 
 
 def test_own_schedules_of_as_many_steps(flux):

@@ -94,6 +94,12 @@ def renderers(
             f"Preview(race=) runs a preview's steps in more than one call, and {argument}= counts them from the call's "
             "first: leave one of the two out"
         )
+    scheduler = driver.pipe.scheduler
+    if cheap.race is not None and not has_clean(scheduler):
+        raise ValueError(
+            f"Preview(race=) looks at images on their way, and {type(scheduler).__name__} does not say which they are: "
+            "leave race out, or take another scheduler"
+        )
     others: dict[str, Any] = {"num_inference_steps": request.steps}
     if not cheap.cfg:
         others |= family.without_guidance()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,8 +121,24 @@ def noise_levels(scheduler: Any) -> list[float] | None:
         sigmas = ((1 - kept) / kept) ** 0.5
     if sigmas is None or len(sigmas) < len(timesteps):
         return None
-    sigmas = torch.as_tensor(sigmas)[: len(timesteps)].double().cpu()
-    return (sigmas if is_flow(scheduler) else sigmas / (1 + sigmas)).tolist()
+    sigmas = torch.as_tensor(sigmas)[: len(timesteps)].to("cpu", torch.float64, copy=True)
+    if any(name.startswith(MIDWAY) for name in _names(scheduler)):
+        sigmas[1::2] = _sigmas_at(scheduler, timesteps[1::2])
+    return (sigmas if is_flow(scheduler) else 1 / (1 + 1 / sigmas)).tolist()  # noise alone has an infinite sigma
+
+
+# Every second of their forwards lies between two of their sigmas, and only its timestep says where.
+MIDWAY = ("KDPM2", "DPMSolverSDE")
+
+
+def _sigmas_at(
+    scheduler: Any,
+    timesteps: Tensor,  # [steps], which may lie between two of the training's
+) -> Tensor:  # [steps] fp64
+    """The sigmas that such a scheduler made the timesteps of."""
+    kept = scheduler.alphas_cumprod.double().cpu().numpy()
+    logs = np.log((1 - kept) / kept) / 2
+    return torch.from_numpy(np.exp(np.interp(timesteps.double().cpu(), np.arange(len(logs)), logs)))
 
 
 def _names(scheduler: Any) -> list[str]:
@@ -130,7 +147,10 @@ def _names(scheduler: Any) -> list[str]:
 
 
 # Their steps say which image they foresee, or it follows from what the model predicts.
-FORESEE = ("Euler", "Heun", "KDPM2", "LMS", "DDIM", "DDPM", "DPMSolver", "UniPC", "DEIS", "PNDM", "LCM", "TCD", "EDM")
+FORESEE = (
+    *("Euler", "Heun", "KDPM2", "LMS", "DDIM", "DDPM", "DPMSolver", "SASolver", "UniPC", "DEIS", "PNDM", "LCM", "TCD"),
+    "EDM",
+)
 
 
 def has_clean(scheduler: Any) -> bool:
@@ -147,7 +167,7 @@ PREDICTED = {
 }
 
 
-NOISY = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "SASolver")
+NOISY = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "SASolver", "CMStochastic", "CosineDPM", "SCM")
 
 
 def draws_noise(scheduler: Any, eta: float | None = None) -> bool:
