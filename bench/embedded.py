@@ -272,13 +272,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="all when none is named; search measures the headroom too")
     parser.add_argument("--captions", type=int, default=200, help="how many of the held-out captions")
+    parser.add_argument("--skip", type=int, default=0, help="how many of them to leave out first")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     parts = set(arguments.parts or PARTS)
-    jobs = list(enumerate(embedded.captions()[: arguments.captions]))
+    jobs = list(enumerate(embedded.captions()))[arguments.skip :][: arguments.captions]
     figures: dict = {"environment": environment(), "captions": len(jobs), "steps": STEPS, "size": SIZE}
     figures["weights"] = embedded.weights_digest()
     begin = time.perf_counter()

@@ -66,7 +66,8 @@ SETTINGS = {
     "model": Settings(steps=240, batch=64, lr=7e-4, seed=4, warmup=20, ema=0.98, muon=True),
 }
 MODEL_SIZES = {128: 16_000, 256: 16_000}  # pixels: how many encoded scenes
-TEACHER_LARGE_FROM = 600  # its first step at the larger size; from here on three batches of four are
+TEACHER_LARGE_FROM = 600  # its first step at the larger size; from here on all batches are but one of SMALL_EVERY
+SMALL_EVERY = 4
 GUIDANCE = 1.5  # the teacher's, that the model learns
 REWARD_SCENES = 40_000
 FACTS_COUNT = len(world.NUMBERS) + 1  # how many of a colour there can be: none, one, ...
@@ -465,7 +466,7 @@ def train_teacher(run: Run, data: dict) -> Model:
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        size = large if step >= TEACHER_LARGE_FROM and step % 4 else small
+        size = large if step >= TEACHER_LARGE_FROM and step % SMALL_EVERY else small
         noised, sigma, velocity, caption = batches.draw(step, size)
         return F.mse_loss(module(noised, sigma, *batches.text(caption)).float(), velocity), {}
 
