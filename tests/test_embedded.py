@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ses_fast import embedded
 from ses_fast.embedded import models, train, world
@@ -254,6 +255,16 @@ def test_muon_is_the_same_optimiser_where_bf16_is_only_imitated(monkeypatch):
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16, "in the step alone"
     difference = (steps["AVX2"] - steps["AVX512"]).norm() / steps["AVX512"].norm()
     assert 0 < difference < 0.02
+
+
+def test_a_teacher_can_begin_with_given_weights(tmp_path, monkeypatch):
+    given = {name: torch.full_like(weight, 0.5).half() for name, weight in train.Model().state_dict().items()}
+    save_file(given, tmp_path / "teacher.safetensors")
+    monkeypatch.setattr(train, "_fit_model", lambda name, module, loss_of, run: module)
+    run = train.Run(tmp_path, torch.device("cpu"), start=tmp_path / "teacher.safetensors")
+    found = train.train_teacher(run, {}).state_dict()
+    assert found.keys() == given.keys() and all((weight == 0.5).all() for weight in found.values())
+    assert not all((weight == 0.5).all() for weight in train.train_teacher(replace(run, start=None), {}).parameters())
 
 
 def test_data_of_other_inputs_is_refused(tmp_path):

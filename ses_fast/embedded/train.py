@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -41,6 +41,7 @@ class Run:
     folder: Path
     device: torch.device
     compile: bool = False  # the denoiser's blocks
+    start: Path | None = None  # weights (.safetensors) that the teacher begins with, None: random ones
 
 
 @dataclass(frozen=True)
@@ -463,6 +464,8 @@ def train_teacher(run: Run, data: dict) -> Model:
     settings = SETTINGS["teacher"]
     torch.manual_seed(settings.seed)
     module, batches = Model().to(run.device), Batches(data, settings, run.device)
+    if run.start is not None:
+        module.load_state_dict({name: weight.float() for name, weight in load_file(run.start).items()})
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
@@ -719,6 +722,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/embedded"), help="where checkpoints, data and logs are")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (needs a C++ compiler)")
+    parser.add_argument("--start", type=Path, help="weights that the teacher begins with, in place of random ones")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default when not given)")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - set(STAGES)
@@ -727,7 +731,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)
-    train(arguments.stages or STAGES, Run(arguments.run, torch.device(arguments.device), arguments.compile))
+    train(
+        arguments.stages or STAGES,
+        Run(arguments.run, torch.device(arguments.device), arguments.compile, arguments.start),
+    )
 
 
 if __name__ == "__main__":
