@@ -121,11 +121,11 @@ def measured(results: Results) -> dict[str, Any] | None:
     return max(results, key=lambda each: each["environment"]["date"], default=None)
 
 
-def of_other_weights(digest: str | None, model: str = "embedded") -> str:
-    """A warning where figures of the embedded model are not of the weights in the package."""
-    if model != "embedded" or digest == weights_digest():
+def of_other_weights(about: Mapping[str, Any]) -> str:
+    """A warning where figures of the embedded model are not of the weights in the package; empty for other models."""
+    if about.get("model", "embedded") != "embedded" or about.get("weights") == weights_digest():
         return ""
-    return ". **Measured with earlier weights of the small model**, not with those in the package"
+    return " **Measured with earlier weights of the small model**, not with those in the package."
 
 
 def gains_and_headroom(results: Results) -> str:
@@ -136,7 +136,7 @@ def gains_and_headroom(results: Results) -> str:
     about = figures["environment"]
     head = (
         f"{about['device']}, {about['date']}, commit {about['commit']}; {figures['captions']} captions, "
-        f"{figures['seconds']:.0f} seconds{of_other_weights(figures.get('weights'))}."
+        f"{figures['seconds']:.0f} seconds.{of_other_weights(figures)}"
     )
     return f"{head}\n\n{embedded.to_markdown(figures)}\n"
 
@@ -165,8 +165,8 @@ def equal_cost(comparisons: Results, calibrations: Sequence[str] = ()) -> str:
     counts = dict.fromkeys(str(len(halves["odd"]["prompts"])) for halves in figures["tasks"].values())
     words = (
         f"{place.get('device', '')}, {place.get('date', '')}: model {about['model']}, {about.get('steps', '?')} steps, "
-        f"{figures['target']} evaluations; means over {' and '.join(counts)} prompts, [..] holds the truth with 95 %"
-        f"{of_other_weights(about.get('weights'), about['model'])}."
+        f"{figures['target']} evaluations; means over {' and '.join(counts)} prompts, [..] holds the truth with 95 %."
+        f"{of_other_weights(about)}"
     )
     said = [words, *in_words(figures, at), *map(recommended, calibrations[-1:])]
     plot = f"![reward over time]({PLOT})"
@@ -222,8 +222,7 @@ def by_others(comparisons: Results) -> str:
     figures = last_comparison(comparisons)
     if figures is None:
         return NOTHING
-    about = figures["settings"]["about"]
-    old = of_other_weights(about.get("weights"), about["model"]).removeprefix(". ")
+    warning = of_other_weights(figures["settings"]["about"]).strip()
     columns = ("searched with", "noise found by", "gain by that reward", "by a held-out one", "right images")
     at, rows = figures["settings"]["budgets"].index(figures["target"]), []
     for task, halves in figures["tasks"].items():
@@ -231,7 +230,7 @@ def by_others(comparisons: Results) -> str:
             row = halves["odd"]["methods"][name]["budgets"][at]
             gains = [beside(row.get(f"{kind} to {UNSEARCHED.name}"), none="maybe none") for kind in summary.KINDS]
             rows.append([task, title(name), *gains])
-    return "\n".join([*lines_of(columns, rows), *(["", f"{old}."] if old else [])]) + "\n"
+    return "\n".join([*lines_of(columns, rows), *(["", warning] if warning else [])]) + "\n"
 
 
 def interval(figures: Sequence[float | None], signed: bool = False) -> str:
@@ -256,8 +255,7 @@ def whole_comparison(comparisons: Results) -> str:
     place = figures.get("environment", {})
     head = ", ".join(str(place[fact]) for fact in ("device", "date") if place.get(fact))
     report = demoted(tables.markdown(figures).partition("\n\n")[2])  # without its title, which the page has
-    about = figures["settings"]["about"]
-    head += f", commit {place.get('commit')}{of_other_weights(about.get('weights'), about['model'])}."
+    head += f", commit {place.get('commit')}.{of_other_weights(figures['settings']['about'])}"
     return f"{head}\n\n{report}\n\n![reward over time]({PLOT})\n"
 
 

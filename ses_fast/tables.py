@@ -163,7 +163,7 @@ def _by_rewards(figures: Mapping[str, Any]) -> list[str]:
     target = budgets.index(figures["target"])
     names = [*(task for task in tasks if "+" not in task), *KINDS[1:]]
     lines = []
-    for method in (RANDOM.name, SES.name, "two_stage", MIX.name):
+    for method in (RANDOM.name, SES.name, METHODS["two_stage"].name, MIX.name):
         for task, halves in tasks.items():
             if method not in halves["odd"]["methods"] or NOTHING.name not in halves["odd"]["methods"]:
                 continue

@@ -247,7 +247,9 @@ def test_muon_is_the_same_optimiser_where_bf16_is_only_imitated(monkeypatch):
         gradient = weight.grad.clone()
         optimiser = torch.optim.Muon([weight], 1.0, 0.0, adjust_lr_fn="match_rms_adamw")
         with train._newton_schulz_precision(cpu):
-            dtypes[capability] = weight.bfloat16().dtype
+            cast = weight.bfloat16()
+            dtypes[capability] = cast.dtype
+            assert cast.data_ptr() != weight.data_ptr(), "Muon writes into what it casts"
             optimiser.step()
         steps[capability] = weight.detach()
         assert torch.equal(weight.grad, gradient)

@@ -154,7 +154,7 @@ def _precision(device: torch.device) -> torch.autocast:
 
 
 def _newton_schulz_precision(device: torch.device) -> Any:
-    """torch's Muon casts to bf16 whatever the device; where that is only imitated, fp32 is twenty times as quick."""
+    """torch's Muon casts to bf16 whatever the device; where that is only imitated, it was most of a step."""
     return nullcontext() if _multiplies_bf16(device) else _Float32ForBFloat16()
 
 

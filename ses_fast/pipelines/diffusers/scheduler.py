@@ -147,10 +147,7 @@ def _names(scheduler: Any) -> list[str]:
 
 
 # Their steps say which image they foresee, or it follows from what the model predicts.
-FORESEE = (
-    *("Euler", "Heun", "KDPM2", "LMS", "DDIM", "DDPM", "DPMSolver", "SASolver", "UniPC", "DEIS", "PNDM", "LCM", "TCD"),
-    "EDM",
-)
+FORESEE = tuple("Euler Heun KDPM2 LMS DDIM DDPM DPMSolver SASolver UniPC DEIS PNDM LCM TCD EDM".split())
 
 
 def has_clean(scheduler: Any) -> bool:
