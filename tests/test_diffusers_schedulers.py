@@ -80,6 +80,13 @@ def test_a_candidate_is_the_stock_calls_alone_together_and_in_parts(tiny, name, 
             search(tiny, 3, call=call, preview=Preview(race="auto"))
 
 
+@pytest.mark.parametrize("name", ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"])
+def test_a_scheduler_that_makes_noise_of_an_image_is_refused(tiny, name):
+    tiny.pipe.scheduler = getattr(diffusers, name).from_config(BETAS)
+    with pytest.raises(ValueError, match=f"{name} makes noise of an image"):
+        search(tiny, 3)
+
+
 def test_memory_that_runs_out_in_a_race_changes_no_preview(tiny, monkeypatch):
     """The eight that begin fit, of those that go on two: with noise inside, whose stream the failed try had moved."""
     tiny.pipe.scheduler = diffusers.TCDScheduler.from_config(BETAS)

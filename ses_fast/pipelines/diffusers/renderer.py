@@ -9,7 +9,7 @@ from ..request import Request
 from .driver import Driver
 from .family import Family, denoisers_of
 from .pictures import at_levels, middle_frame
-from .scheduler import has_clean, window_on
+from .scheduler import has_clean, is_inverse, window_on
 
 
 class Mark(NamedTuple):
@@ -95,6 +95,11 @@ def renderers(
             "first: leave one of the two out"
         )
     scheduler = driver.pipe.scheduler
+    if is_inverse(scheduler):
+        raise ValueError(
+            f"{type(scheduler).__name__} makes noise of an image, and a search needs one that makes an image of noise: "
+            "take another scheduler"
+        )
     if cheap.race is not None and not has_clean(scheduler):
         raise ValueError(
             f"Preview(race=) looks at images on their way, and {type(scheduler).__name__} does not say which they are: "

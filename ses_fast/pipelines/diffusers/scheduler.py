@@ -146,6 +146,11 @@ def _names(scheduler: Any) -> list[str]:
     return [cls.__name__ for cls in type(scheduler).__mro__]
 
 
+def is_inverse(scheduler: Any) -> bool:
+    """Whether its steps add noise in place of taking it away."""
+    return any("Inverse" in name for name in _names(scheduler))
+
+
 # Their steps say which image they foresee, or it follows from what the model predicts.
 FORESEE = tuple("Euler Heun KDPM2 LMS DDIM DDPM DPMSolver SASolver UniPC DEIS PNDM LCM TCD EDM".split())
 
