@@ -4,7 +4,8 @@ headroom: 50 noises for each held-out caption, no search. How often one noise is
     24 is, how well each reward tells right from wrong images of one caption, what the best of 50 has over that of 10.
 bands: 6 noises for each caption. How an image's reward goes with that of an image from the same low band of level 2
     and everything else drawn anew; from the same noise but for that band; and, at half the size, from the noise's LL1.
-search: budget 50 for each caption: no search, the best of 50 random noises (those of the headroom), SES.
+search: budget 50 for each caption: no search, the best of 50 random noises (those of the headroom), SES; and what SES
+    has over the random noises, with 95 % intervals from resampled captions.
 speed: one documented call of budget 50, with a thread for each core.
 
 All at 8 steps and 256x256 pixels. Prints Markdown tables and writes their figures to
@@ -15,9 +16,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ SAMPLE = 10  # what the best of all noises is compared with: the best of so few
 RELATIVES = 6  # noises a caption in `bands`
 LEVEL = 2  # its low band has a sixteenth of the numbers
 BUDGET = 50
+RANDOM = f"best of {BUDGET} random"
 PARTS = ("headroom", "bands", "search", "speed")
 # What each measure is to be: at least the first and at most the second number.
 BARS: dict[str, tuple[float | None, float | None]] = {
@@ -208,18 +211,16 @@ def summarise_bands(rows: list[dict]) -> dict[str, float]:
     }
 
 
-def summarise_search(headroom: list[dict], searched: list[dict]) -> dict[str, dict[str, float]]:
-    """For each way of choosing the noise: mean reward, mean held-out reward, accuracy, and captions raised."""
+def summarise_search(headroom: list[dict], searched: list[dict]) -> dict[str, dict[str, Any]]:
+    """For each way of choosing the noise: mean reward, mean held-out reward, accuracy, captions raised. And what SES
+    has over the best random noise: (value, low, high) each.
+    """
 
     def chosen(row: dict, index: int) -> dict:
         return {key: row[key][index] for key in ("score", "heldout", "right")}
 
     base = [chosen(row, 0) for row in headroom]
-    ways = {
-        "no search": base,
-        f"best of {BUDGET} random": [chosen(row, int(np.argmax(row["score"][:BUDGET]))) for row in headroom],
-        "SES": searched,
-    }
+    best = [chosen(row, int(np.argmax(row["score"][:BUDGET]))) for row in headroom]
     return {
         name: {
             "reward": float(np.mean([row["score"] for row in rows])),
@@ -227,7 +228,16 @@ def summarise_search(headroom: list[dict], searched: list[dict]) -> dict[str, di
             "all facts right": float(np.mean([row["right"] for row in rows])),
             "reward raised": float(np.mean([a["score"] > b["score"] for a, b in zip(rows, base, strict=True)])),
         }
-        for name, rows in ways.items()
+        for name, rows in {"no search": base, RANDOM: best, "SES": searched}.items()
+    } | {f"SES less the {RANDOM}": _less(searched, best)}
+
+
+def _less(rows: list[dict], others: list[dict]) -> dict[str, tuple[float, float, float]]:
+    """The mean of the captions' differences, with its bootstrap interval."""
+    names = {"score": "reward", "heldout": "held-out reward", "right": "all facts right"}
+    return {
+        name: tuple(statistics.mean_of([float(a[key]) - float(b[key]) for a, b in zip(rows, others, strict=True)]))
+        for key, name in names.items()
     }
 
 
@@ -257,7 +267,13 @@ def bars_table(figures: dict) -> str:
 def search_table(figures: dict) -> str:
     """What a search is worth."""
     columns = list(figures["search"]["SES"])
-    rows = [[name, *(f"{way[column]:.3f}" for column in columns)] for name, way in figures["search"].items()]
+
+    def cell(value: float | list[float] | None) -> str:
+        if isinstance(value, Sequence):
+            return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value)
+        return "" if value is None else f"{value:.3f}"
+
+    rows = [[name, *(cell(way.get(column)) for column in columns)] for name, way in figures["search"].items()]
     return "\n".join(lines_of(("noise", *columns), rows))
 
 

@@ -322,6 +322,26 @@ def test_the_embedded_models_measures_by_hand():
     assert gain == pytest.approx(0.5 / np.std(scores, ddof=1))
 
 
+def test_what_ses_has_over_random_noises():
+    from bench import embedded as measures
+
+    blank = [0.0] * (measures.BUDGET - 1)
+    headroom = [
+        {"score": [best, *blank], "heldout": [best, *blank], "right": [False] * measures.BUDGET}
+        for best in (1.0, 2.0, 4.0)
+    ]
+    searched = [
+        {"score": row["score"][0] + more, "heldout": 1.0, "right": True}
+        for row, more in zip(headroom, (1, 2, 3), strict=True)
+    ]
+    found = measures.summarise_search(headroom, searched)
+    less = found[f"SES less the {measures.RANDOM}"]
+    assert less["reward"] == pytest.approx((2.0, 1.0, 3.0)) and less["all facts right"] == (1.0, 1.0, 1.0)
+    assert less["held-out reward"][0] == pytest.approx(1 - 7 / 3)
+    text = measures.search_table({"search": json.loads(json.dumps(found))})
+    assert "| SES less the best of 50 random | +2.000 [+1.000, +3.000] |" in text and text.endswith("|  |")
+
+
 def test_the_embedded_models_figures():
     old = FIGURES | {"environment": ABOUT | {"date": "2025-01-01"}, "seconds": 1.0}
     text = readme_tables.gains_and_headroom([FIGURES, old])
