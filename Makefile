@@ -11,8 +11,9 @@ PIP := $(RUN)/python -m pip install --quiet --no-input
 demo: $(READY)
 	$(RUN)/ses-fast generate "two red squares left of three blue rings" --budget 50 --steps 8 --seed 1 --random-beside --out out/
 
+# A process for each core, of one thread each (conftest.py): the tests' models are too small for two.
 test: $(READY)
-	$(RUN)/python -m pytest -q -m "not slow"
+	$(RUN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(RUN)/python -m pytest -q -m slow

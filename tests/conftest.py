@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a download; read when huggingface_hub is imported
+# One thread for each of xdist's workers and the processes that its tests start: every core has a worker. Without
+# the name, since a pytest that a test starts is no worker (pytest-benchmark measures nothing in one).
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
