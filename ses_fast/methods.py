@@ -86,6 +86,13 @@ CHEAP = (
     replace(SES, name="+ race", what="ses, raced", preview=Preview(race="auto")),
     replace(SES, name="+ scale", what="ses, half the size, the best 3 in full", preview=Preview(2, refine=3)),
     replace(SES, name="+ refine", what="ses, half the steps, the best 3 in full", steps=0.5, preview=Preview(refine=3)),
+    replace(
+        SES,
+        name="+ race + refine",
+        what="ses, half the steps, raced, the best 3 in full",
+        steps=0.5,
+        preview=Preview(race="auto", refine=3),
+    ),
     replace(SES, name="+ no guidance", what="ses, previews without guidance", preview=Preview(cfg=False)),
 )
 MIX = replace(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from ses_fast import embedded
 from ses_fast.embedded import models, train, world
@@ -259,16 +258,6 @@ def test_muon_is_the_same_optimiser_where_bf16_is_only_imitated(monkeypatch):
     assert 0 < difference < 0.02
 
 
-def test_a_teacher_can_begin_with_given_weights(tmp_path, monkeypatch):
-    given = {name: torch.full_like(weight, 0.5).half() for name, weight in train.Model().state_dict().items()}
-    save_file(given, tmp_path / "teacher.safetensors")
-    monkeypatch.setattr(train, "_fit_model", lambda name, module, loss_of, run: module)
-    run = train.Run(tmp_path, torch.device("cpu"), start=tmp_path / "teacher.safetensors")
-    found = train.train_teacher(run, {}).state_dict()
-    assert found.keys() == given.keys() and all((weight == 0.5).all() for weight in found.values())
-    assert not all((weight == 0.5).all() for weight in train.train_teacher(replace(run, start=None), {}).parameters())
-
-
 def test_data_of_other_inputs_is_refused(tmp_path):
     note = tmp_path / "latents128.json"
     assert not train._is_kept(note, {"seed": 3})
@@ -309,7 +298,7 @@ def test_the_denoiser_s_captions_mistell_the_relation_and_nothing_else():
     latents = np.zeros((len(index), 1, 1, 1), np.float16)
     settings = replace(train.SETTINGS["teacher"], batch=2000)
     batches = train.Batches({128: (latents, index)}, settings, torch.device("cpu"))
-    caption = batches.draw(0, 128)[-1]
+    caption = batches.draw(0, 128, train.MISTOLD)[-1]
     generator = train._torch_rng(settings.seed, 0)  # the scenes are the first numbers that a step draws
     shown = index[torch.randint(len(index), (2000,), generator=generator).sort().values.numpy()]
     told = [(scenes[a], scenes[b]) for a, b in zip(shown, caption.tolist(), strict=True) if b != batches.empty]
@@ -338,6 +327,33 @@ def test_hard_negatives_differ_in_one_fact():
         for a, b in ((scene.first, changed.first), (scene.second, changed.second)):
             fields += [a.count != b.count, a.colour != b.colour, a.shape != b.shape]
         assert sum(fields) == 1 and changed.first.colour != changed.second.colour
+
+
+def test_another_relation_is_to_be_refused_by_a_margin(tmp_path, monkeypatch):
+    """And no other fact: with negatives of one kind alone the loss rises by the margin, or not at all."""
+    losses = {}
+    monkeypatch.setattr(train, "REWARD_SCENES", 64)
+    monkeypatch.setitem(train.SETTINGS, "reward", replace(train.SETTINGS["reward"], batch=8))
+    monkeypatch.setattr(train, "_hard_negative", lambda scene, trained, rng: negative_of(scene))
+    for kind in ("relation", "shape"):
+        for margin in (0.0, 6.0):
+
+            def negative_of(scene, kind=kind):
+                if kind == "relation":
+                    return replace(scene, relation=world.OPPOSITES[scene.relation])
+                shape = world.SHAPES[world.SHAPES.index(scene.first.shape) - 1]
+                return replace(scene, first=replace(scene.first, shape=shape))
+
+            def fit(name, module, loss_of, run, key=(kind, margin)):
+                losses[key] = loss_of(0)[1]["contrast"]
+                return module
+
+            monkeypatch.setitem(train.RELATION_MARGIN, "reward", margin)
+            monkeypatch.setattr(train, "fit", fit)
+            train.train_reward("reward", train.Run(tmp_path, torch.device("cpu")))
+    assert losses["shape", 6.0] == losses["shape", 0.0]
+    # An untrained reward holds 8 + 3 captions for alike, and three are a margin above: log((8 + 3 e^6) / 11).
+    assert losses["relation", 6.0] - losses["relation", 0.0] == pytest.approx(0.7 * 4.71, abs=0.5)
 
 
 # --- what is shipped --------------------------------------------------------------------------------------------

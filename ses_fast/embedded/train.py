@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -41,7 +41,6 @@ class Run:
     folder: Path
     device: torch.device
     compile: bool = False  # the denoiser's blocks
-    start: Path | None = None  # weights (.safetensors) that the teacher begins with, None: random ones
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,24 @@ class Settings:
 
 SETTINGS = {
     "autoencoder": Settings(steps=1600, batch=48, lr=2e-3, seed=1, weight_decay=1e-4),
-    "reward": Settings(steps=1200, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
-    "heldout": Settings(steps=700, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
-    "teacher": Settings(steps=1900, batch=64, lr=2e-3, seed=3, final_lr=1.0, ema=0.998, muon=True),
-    "model": Settings(steps=240, batch=64, lr=7e-4, seed=4, warmup=20, ema=0.98, muon=True),
+    "reward": Settings(steps=2000, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
+    "heldout": Settings(steps=1000, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
+    "teacher": Settings(steps=4500, batch=64, lr=2e-3, seed=3, final_lr=1.0, ema=0.998, muon=True),
+    "model": Settings(steps=300, batch=64, lr=7e-4, seed=4, warmup=20, ema=0.98, muon=True),
 }
 MODEL_SIZES = {128: 16_000, 256: 16_000}  # pixels: how many encoded scenes
 TEACHER_LARGE_FROM = 600  # its first step at the larger size; from here on all batches are but one of SMALL_EVERY
-SMALL_EVERY = 4
+SMALL_EVERY = 2
 GUIDANCE = 1.5  # the teacher's, that the model learns
 REWARD_SCENES = 40_000
 FACTS_COUNT = len(world.NUMBERS) + 1  # how many of a colour there can be: none, one, ...
 LATENT_NOISE = 0.1  # on the latents while the autoencoder is trained: what the denoiser gets wrong is to do little
 EQUIVARIANCE = 0.5  # weight of: encode(half the image) = half the latents. It makes the latents smooth (EQ-VAE)
-MISTOLD = 0.8  # how many captions name a relation drawn at random: where the groups stand is then the noise's to decide
+# Of logits, by which a caption with another relation is to be refused before the loss rests: the two weigh it apart.
+RELATION_MARGIN = {"reward": 8.0, "heldout": 6.0}
+# How many captions name a relation drawn at random: where the groups stand is then the noise's to decide. Fewer at the
+# teacher's end, from this step on, and for the model: the right place is then drawn somewhat more often than not.
+MISTOLD, MISTOLD_LATE, LATE_FROM = 0.8, 0.5, 3900
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance has a meaning
 
 
@@ -423,7 +426,7 @@ class Batches:
             ]
         )
 
-    def draw(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(self, step: int, size: int, mistold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(noised latents [B, 16, h, w], sigma [B], their velocity, captions [B]), of `size` pixels.
 
         Times are logit-normal at the size's own shift, as `EmbeddedPipeline` samples; the larger has a smaller batch.
@@ -436,8 +439,8 @@ class Batches:
         image = torch.from_numpy(latents[chosen]).to(self.device).float()
         caption = torch.from_numpy(index[chosen])
         relation = torch.randint(len(world.RELATIONS), (batch,), generator=generator)
-        mistold = torch.rand(batch, generator=generator) < MISTOLD
-        caption = torch.where(mistold, self.retold[caption, relation], caption)
+        told_wrong = torch.rand(batch, generator=generator) < mistold
+        caption = torch.where(told_wrong, self.retold[caption, relation], caption)
         caption[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = self.empty
         uniform = torch.sigmoid(torch.randn(batch, generator=generator))
         sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(self.device)
@@ -464,13 +467,12 @@ def train_teacher(run: Run, data: dict) -> Model:
     settings = SETTINGS["teacher"]
     torch.manual_seed(settings.seed)
     module, batches = Model().to(run.device), Batches(data, settings, run.device)
-    if run.start is not None:
-        module.load_state_dict({name: weight.float() for name, weight in load_file(run.start).items()})
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
         size = large if step >= TEACHER_LARGE_FROM and step % SMALL_EVERY else small
-        noised, sigma, velocity, caption = batches.draw(step, size)
+        mistold = MISTOLD if step < LATE_FROM else MISTOLD_LATE
+        noised, sigma, velocity, caption = batches.draw(step, size, mistold)
         return F.mse_loss(module(noised, sigma, *batches.text(caption)).float(), velocity), {}
 
     return _fit_model("teacher", module, loss_of, run)
@@ -487,7 +489,7 @@ def train_model(run: Run, data: dict, teacher: Model) -> Model:
     small, large = sorted(MODEL_SIZES)
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        noised, sigma, _, caption = batches.draw(step, large if step % 2 else small)
+        noised, sigma, _, caption = batches.draw(step, large if step % 2 else small, MISTOLD_LATE)
         with torch.no_grad():
             right = teacher(noised, sigma, *batches.text(caption)).float()
             empty = teacher(noised, sigma, *batches.text(torch.full_like(caption, batches.empty))).float()
@@ -549,7 +551,8 @@ def train_reward(name: str, run: Run, hard: int = 3) -> nn.Module:
             image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
         strength = 0.15 * torch.rand(settings.batch, 1, 1, 1, generator=generator)
         image = image + (strength * torch.randn(image.shape, generator=generator)).to(device)
-        captions = [str(s) for s in batch] + [str(_hard_negative(s, trained, rng)) for s in batch for _ in range(hard)]
+        negatives = [_hard_negative(s, trained, rng) for s in batch for _ in range(hard)]
+        captions = [str(s) for s in batch] + [str(negative) for negative in negatives]
         tokens = tokenizer(captions, padding=True, return_tensors="pt").to(device)
         seen, said = (
             module.image(image / _PIXEL_STD),
@@ -559,12 +562,14 @@ def train_reward(name: str, run: Run, hard: int = 3) -> nn.Module:
         scale = module.clip.logit_scale.exp().clamp(max=100)
         among_batch = scale * seen @ right.T
         among_hard = scale * torch.einsum("nd,nkd->nk", seen, wrong)
+        refused = (among_hard.amax(1) < among_batch.diagonal()).float().mean().item()
+        told = np.repeat([s.relation for s in batch], hard) != [negative.relation for negative in negatives]
+        among_hard = among_hard + RELATION_MARGIN[name] * torch.from_numpy(told).view(-1, hard).to(device)
         target = torch.arange(settings.batch, device=device)
         contrast = 0.7 * F.cross_entropy(torch.cat([among_batch, among_hard], 1), target)
         contrast = contrast + 0.3 * F.cross_entropy(among_batch.T, target)
         truth = labels[index[chosen]].to(device)
         loss = contrast + module.fact_loss(seen, truth) + module.fact_loss(right, truth)
-        refused = (among_hard.amax(1) < among_batch.diagonal()).float().mean().item()
         return loss, {"contrast": contrast.item(), "hard_refused": refused}
 
     return fit(name, module, loss_of, run.folder).clip
@@ -722,7 +727,6 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/embedded"), help="where checkpoints, data and logs are")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (needs a C++ compiler)")
-    parser.add_argument("--start", type=Path, help="weights that the teacher begins with, in place of random ones")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default when not given)")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - set(STAGES)
@@ -733,7 +737,7 @@ def main() -> None:
     arguments.run.mkdir(parents=True, exist_ok=True)
     train(
         arguments.stages or STAGES,
-        Run(arguments.run, torch.device(arguments.device), arguments.compile, arguments.start),
+        Run(arguments.run, torch.device(arguments.device), arguments.compile),
     )
 
 
