@@ -337,7 +337,8 @@ def test_a_reward_by_name_needs_the_prompts_text(flux):
     assert result is None and np.array_equal(first(output), first(flux(num_inference_steps=3, generator=drawn())))
 
 
-@pytest.mark.parametrize("cls", set(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()), ids=lambda cls: cls.__name__)
+# In the order of the mapping: each process of the tests is to collect the same.
+@pytest.mark.parametrize("cls", dict.fromkeys(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()), ids=lambda cls: cls.__name__)
 def test_a_text_to_image_class_is_known_or_refused_by_name(cls):
     """Nothing but a line in FAMILIES makes a class known: a subclass of the library's own is another one."""
     pipe = cls.__new__(cls)

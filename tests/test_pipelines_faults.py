@@ -515,7 +515,9 @@ def test_a_held_out_reward_judges_the_images_that_a_user_gets(pipe):
     assert held.base == held.answer
 
 
-@pytest.mark.parametrize("noise", [{"seed": 5}, {"generator": torch.Generator().manual_seed(5)}], ids=repr)
+@pytest.mark.parametrize(
+    "noise", [{"seed": 5}, {"generator": torch.Generator().manual_seed(5)}], ids=["seed", "generator"]
+)
 def test_the_base_is_judged_where_the_search_alone_has_a_seed(pipe, noise):
     call(pipe, 1, config={"report_rewards": {"b": brightness}} | noise, seed=None)
     held = pipe.ses_result.held_out["b"]
