@@ -308,6 +308,32 @@ def test_the_denoiser_s_captions_mistell_the_relation_and_nothing_else():
     assert len(told) / 2000 == pytest.approx(1 - train.CAPTION_DROPOUT, abs=0.03)
 
 
+def test_captions_are_right_more_often_at_the_end(monkeypatch):
+    told = []
+
+    class Batches:
+        def __init__(self, *arguments):
+            pass
+
+        def draw(self, step, size, mistold):
+            told.append(mistold)
+            raise StopIteration
+
+    def fit(name, module, loss_of, run):
+        for step in (0, train.LATE_FROM - 1, train.LATE_FROM):
+            with pytest.raises(StopIteration):
+                loss_of(step)
+        return module
+
+    monkeypatch.setattr(train, "Batches", Batches)
+    monkeypatch.setattr(train, "_fit_model", fit)
+    run = train.Run(None, torch.device("cpu"))
+    teacher = train.train_teacher(run, {})
+    assert told == [train.MISTOLD, train.MISTOLD, train.MISTOLD_LATE]
+    train.train_model(run, {}, teacher)
+    assert told[3:] == 3 * [train.MISTOLD_LATE]
+
+
 def test_no_mistold_caption_is_a_held_out_one():
     """A relation that would make it one is left as it was."""
     scenes, held_out = world.split_scenes()
@@ -333,7 +359,6 @@ def test_another_relation_is_to_be_refused_by_a_margin(tmp_path, monkeypatch):
     """And no other fact: with negatives of one kind alone the loss rises by the margin, or not at all."""
     losses = {}
     monkeypatch.setattr(train, "REWARD_SCENES", 64)
-    monkeypatch.setitem(train.SETTINGS, "reward", replace(train.SETTINGS["reward"], batch=8))
     monkeypatch.setattr(train, "_hard_negative", lambda scene, trained, rng: negative_of(scene))
     for kind in ("relation", "shape"):
         for margin in (0.0, 6.0):
@@ -348,7 +373,8 @@ def test_another_relation_is_to_be_refused_by_a_margin(tmp_path, monkeypatch):
                 losses[key] = loss_of(0)[1]["contrast"]
                 return module
 
-            monkeypatch.setitem(train.RELATION_MARGIN, "reward", margin)
+            settings = replace(train.SETTINGS["reward"], batch=8, margin=margin)
+            monkeypatch.setitem(train.SETTINGS, "reward", settings)
             monkeypatch.setattr(train, "fit", fit)
             train.train_reward("reward", train.Run(tmp_path, torch.device("cpu")))
     assert losses["shape", 6.0] == losses["shape", 0.0]

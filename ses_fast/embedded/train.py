@@ -7,6 +7,7 @@ settings' seed and the step, so an interrupted run draws what an uninterrupted o
 
 import argparse
 import copy
+import itertools
 import json
 import shutil
 import time
@@ -56,12 +57,13 @@ class Settings:
     final_lr: float = 0.02  # of lr, reached linearly; with 1 the rate is constant, and `steps` may be raised later
     ema: float = 0.0
     muon: bool = False  # for the matrices; AdamW for the rest
+    margin: float = 0.0  # logits, by which a reward is to refuse a caption with another relation before its loss rests
 
 
 SETTINGS = {
     "autoencoder": Settings(steps=1600, batch=48, lr=2e-3, seed=1, weight_decay=1e-4),
-    "reward": Settings(steps=2000, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200),
-    "heldout": Settings(steps=1000, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200),
+    "reward": Settings(steps=2000, batch=64, lr=1e-3, seed=10, weight_decay=0.02, warmup=200, margin=8.0),
+    "heldout": Settings(steps=1000, batch=64, lr=1e-3, seed=20, weight_decay=0.02, warmup=200, margin=6.0),
     "teacher": Settings(steps=4500, batch=64, lr=2e-3, seed=3, final_lr=1.0, ema=0.998, muon=True),
     "model": Settings(steps=300, batch=64, lr=7e-4, seed=4, warmup=20, ema=0.98, muon=True),
 }
@@ -73,8 +75,6 @@ REWARD_SCENES = 40_000
 FACTS_COUNT = len(world.NUMBERS) + 1  # how many of a colour there can be: none, one, ...
 LATENT_NOISE = 0.1  # on the latents while the autoencoder is trained: what the denoiser gets wrong is to do little
 EQUIVARIANCE = 0.5  # weight of: encode(half the image) = half the latents. It makes the latents smooth (EQ-VAE)
-# Of logits, by which a caption with another relation is to be refused before the loss rests: the two weigh it apart.
-RELATION_MARGIN = {"reward": 8.0, "heldout": 6.0}
 # How many captions name a relation drawn at random: where the groups stand is then the noise's to decide. Fewer at the
 # teacher's end, from this step on, and for the model: the right place is then drawn somewhat more often than not.
 MISTOLD, MISTOLD_LATE, LATE_FROM = 0.8, 0.5, 3900
@@ -551,8 +551,8 @@ def train_reward(name: str, run: Run, hard: int = 3) -> nn.Module:
             image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
         strength = 0.15 * torch.rand(settings.batch, 1, 1, 1, generator=generator)
         image = image + (strength * torch.randn(image.shape, generator=generator)).to(device)
-        negatives = [_hard_negative(s, trained, rng) for s in batch for _ in range(hard)]
-        captions = [str(s) for s in batch] + [str(negative) for negative in negatives]
+        negatives = [[_hard_negative(s, trained, rng) for _ in range(hard)] for s in batch]
+        captions = [str(s) for s in (*batch, *itertools.chain(*negatives))]
         tokens = tokenizer(captions, padding=True, return_tensors="pt").to(device)
         seen, said = (
             module.image(image / _PIXEL_STD),
@@ -563,8 +563,8 @@ def train_reward(name: str, run: Run, hard: int = 3) -> nn.Module:
         among_batch = scale * seen @ right.T
         among_hard = scale * torch.einsum("nd,nkd->nk", seen, wrong)
         refused = (among_hard.amax(1) < among_batch.diagonal()).float().mean().item()
-        told = np.repeat([s.relation for s in batch], hard) != [negative.relation for negative in negatives]
-        among_hard = among_hard + RELATION_MARGIN[name] * torch.from_numpy(told).view(-1, hard).to(device)
+        elsewhere = [[each.relation != s.relation for each in row] for s, row in zip(batch, negatives, strict=True)]
+        among_hard = among_hard + settings.margin * torch.tensor(elsewhere, device=device)
         target = torch.arange(settings.batch, device=device)
         contrast = 0.7 * F.cross_entropy(torch.cat([among_batch, among_hard], 1), target)
         contrast = contrast + 0.3 * F.cross_entropy(among_batch.T, target)
