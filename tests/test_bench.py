@@ -327,11 +327,11 @@ def test_what_ses_has_over_random_noises():
 
     blank = [0.0] * (measures.BUDGET - 1)
     headroom = [
-        {"score": [best, *blank], "heldout": [best, *blank], "right": [False] * measures.BUDGET}
+        {"score": [*blank, best], "heldout": [*blank, best], "right": [False] * measures.BUDGET}
         for best in (1.0, 2.0, 4.0)
     ]
     searched = [
-        {"score": row["score"][0] + more, "heldout": 1.0, "right": True}
+        {"score": row["score"][-1] + more, "heldout": 1.0, "right": True}
         for row, more in zip(headroom, (1, 2, 3), strict=True)
     ]
     found = measures.summarise_search(headroom, searched)
